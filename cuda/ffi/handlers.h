@@ -1,0 +1,8 @@
+// The XLA FFI handlers. They read shapes from the buffers, keep no state, and only return errors.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_prepare_handler);   // initialize stage of both targets
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_schedule_handler);  // execute stage
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_decode_handler);    // execute stage
