@@ -1,0 +1,266 @@
+"""The two primitives: shapes, lowerings, batching, and the inference-only error.
+
+Each primitive is device-local. Its lowering for CUDA is the FFI custom call, its lowering for any
+other platform the pure-JAX definition; `_dispatch` may choose the latter on CUDA too. Around the
+decode primitive stand, from the outside in, the rule that refuses derivatives and the rule that
+folds a mapped axis into the batch.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir, xla
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
+
+from jax_flashmla import _dispatch, _ffi, _shapes, reference
+from jax_flashmla import schedule as _schedule
+from jax_flashmla._dispatch import Implementation
+from jax_flashmla.schedule import Schedule
+
+schedule_p = Primitive("mla_schedule")
+decode_p = Primitive("mla_decode")
+
+
+def schedule(
+    cache_seqlens: jax.Array, *, num_sm_parts: int, implementation: Implementation
+) -> Schedule:
+    """Schedules checked lengths, int32 `[b]`. An empty batch never reaches the primitive."""
+    if cache_seqlens.shape[0] == 0:
+        metadata = jnp.zeros((num_sm_parts, _shapes.TileSchedulerMetaDataSize), jnp.int32)
+        return Schedule(metadata, jnp.zeros(1, jnp.int32))
+    return Schedule(*_schedule_function(num_sm_parts, implementation)(cache_seqlens))
+
+
+def decode(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    kv_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    parts: Schedule,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    """Decodes checked arrays; q_latent and q_rope may be one joined array, passed twice.
+
+    Returns:
+        out `[b, s_q, h_q, 512]` and lse float32 `[b, s_q, h_q]`, -inf on empty rows.
+    """
+    shape = _shapes.decode_shape(q_latent, q_rope, kv_cache, block_table, cache_seqlens)
+    if shape.is_trivial:
+        return jnp.zeros(shape.out, q_latent.dtype), jnp.full(shape.lse, -jnp.inf, jnp.float32)
+    function = _decode_function(softmax_scale, causal, implementation)
+    operands = q_latent, q_rope, kv_cache, block_table, cache_seqlens, *parts
+    out, lse = function(*_align(operands))
+    return out, lse
+
+
+# The functions around the primitives, one per set of static arguments.
+
+
+@functools.cache
+def _schedule_function(num_sm_parts: int, implementation: Implementation) -> Callable:
+    static = {"num_sm_parts": num_sm_parts, "implementation": implementation}
+
+    @jax.custom_batching.custom_vmap
+    def call(cache_seqlens: jax.Array) -> list[jax.Array]:
+        return schedule_p.bind(cache_seqlens, **static)
+
+    @call.def_vmap
+    def map_rows(axis_size: int, in_batched: list[bool], cache_seqlens: jax.Array) -> tuple:
+        del axis_size, in_batched  # the only operand is the mapped one
+        results = jax.lax.map(lambda row: schedule(row, **static), cache_seqlens)
+        return list(results), [True, True]
+
+    return call
+
+
+@functools.cache
+def _decode_function(
+    softmax_scale: float, causal: bool, implementation: Implementation
+) -> Callable:
+    static = {"softmax_scale": softmax_scale, "causal": causal, "implementation": implementation}
+
+    @jax.custom_batching.custom_vmap
+    def call(*operands: jax.Array) -> list[jax.Array]:
+        return decode_p.bind(*operands, **static)
+
+    @call.def_vmap
+    def fold(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple:
+        folded = _fold_operands(axis_size, in_batched, operands, implementation)
+        results = decode(*folded, **static)
+        unfolded = [x.reshape(axis_size, -1, *x.shape[1:]) for x in results]
+        return unfolded, [True, True]
+
+    return _inference_only(call)
+
+
+def _inference_only(function: Callable) -> Callable:
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def refuse(primals: Sequence, tangents: Sequence) -> NoReturn:
+        del primals, tangents
+        raise NotImplementedError(
+            "jax_flashmla is inference-only: MLA decode has no derivative. Where it appears inside"
+            " a differentiated function, pass its inputs through jax.lax.stop_gradient."
+        )
+
+    return wrapped
+
+
+def _fold_operands(
+    axis_size: int,
+    in_batched: Sequence[bool],
+    operands: Sequence[jax.Array],
+    implementation: Implementation,
+) -> tuple:
+    """Folds a mapped axis into the batch, and schedules the larger batch anew."""
+    q_latent, q_rope, kv_cache, block_table, cache_seqlens, metadata, _ = operands
+    if in_batched[2]:
+        raise ValueError(
+            "kv_cache: got a page pool mapped by vmap, expected one pool for all: put the pages"
+            " in one pool [num_pages, 64, h_kv, 576] and map the block table over it"
+        )
+
+    def fold(array: jax.Array, batched: bool) -> jax.Array:
+        full = array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
+        return full.reshape(-1, *full.shape[2:])
+
+    q_latent, q_rope = fold(q_latent, in_batched[0]), fold(q_rope, in_batched[1])
+    block_table, cache_seqlens = (
+        fold(block_table, in_batched[3]),
+        fold(cache_seqlens, in_batched[4]),
+    )
+    num_sm_parts = metadata.shape[-2]
+    parts = schedule(cache_seqlens, num_sm_parts=num_sm_parts, implementation=implementation)
+    return q_latent, q_rope, kv_cache, block_table, cache_seqlens, parts
+
+
+# Varying manual axes: shard_map's check wants to know over which mesh axes a value varies.
+
+
+def _varying(avals: Sequence[jax.core.ShapedArray]) -> frozenset:
+    return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+
+
+def _align(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Lets all operands vary over the same manual axes, as a custom call demands."""
+    avals = [jax.typeof(x) for x in operands]
+    varying = _varying(avals)
+    missing = [tuple(varying - aval.manual_axis_type.varying) for aval in avals]
+    return [
+        jax.lax.pcast(x, axes, to="varying") if axes else x
+        for x, axes in zip(operands, missing, strict=True)
+    ]
+
+
+def _like(
+    avals: Sequence[jax.core.ShapedArray], shape: tuple[int, ...], dtype: jnp.dtype
+) -> jax.core.ShapedArray:
+    """Describes a result that varies over the manual axes of the operands."""
+    varying = _varying(avals)
+    if not varying:
+        return jax.core.ShapedArray(shape, jnp.dtype(dtype))
+    sharding = NamedSharding(avals[0].sharding.mesh, PartitionSpec())
+    axes = ManualAxisType(varying=varying)
+    return jax.core.ShapedArray(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=axes)
+
+
+# Abstract evaluation.
+
+
+def _schedule_results(
+    cache_seqlens: jax.core.ShapedArray, *, num_sm_parts: int, **_: object
+) -> list[jax.core.ShapedArray]:
+    batch = _shapes.check_seqlens(cache_seqlens)
+    rows = _shapes.check_count("num_sm_parts", num_sm_parts)
+    like = functools.partial(_like, [cache_seqlens], dtype=jnp.int32)
+    return [like((rows, _shapes.TileSchedulerMetaDataSize)), like((batch + 1,))]
+
+
+def _decode_results(
+    *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
+) -> list[jax.core.ShapedArray]:
+    *arrays, metadata, num_splits = operands
+    shape = _shapes.decode_shape(*arrays)
+    _shapes.check_schedule(metadata, num_splits, shape.batch, None)
+    dtype = arrays[0].dtype
+    _dispatch.check_request(implementation, dtype)
+    return [_like(operands, shape.out, dtype), _like(operands, shape.lse, jnp.float32)]
+
+
+# Lowerings.
+
+
+def _portable_schedule(cache_seqlens: jax.Array, *, num_sm_parts: int, **_: object) -> Schedule:
+    return _schedule.plan(cache_seqlens, num_sm_parts)
+
+
+def _kernel_schedule(cache_seqlens: jax.Array, **static: object) -> list[jax.Array]:
+    results = _schedule_results(jax.typeof(cache_seqlens), **static)
+    return jax.ffi.ffi_call(_ffi.SCHEDULE_TARGET, results)(cache_seqlens)
+
+
+def _portable_decode(
+    *operands: jax.Array, softmax_scale: float, causal: bool, **_: object
+) -> tuple[jax.Array, jax.Array]:
+    """Ignores the schedule: every split gives the same result."""
+    q_latent, q_rope, kv_cache, block_table, cache_seqlens, _, _ = operands
+    joined = q_rope.shape[-1] == _shapes.HEAD_DIM_QK
+    q = q_latent if joined else jnp.concatenate([q_latent, q_rope], axis=-1)
+    return reference.streamed(
+        q, kv_cache, block_table, cache_seqlens, softmax_scale=softmax_scale, causal=causal
+    )
+
+
+def _kernel_decode(
+    *operands: jax.Array, softmax_scale: float, causal: bool, **static: object
+) -> Sequence[jax.Array]:
+    """Calls the kernel, whose workspace is two further results that are dropped here.
+
+    A part begins at most one request it shares with the part before and ends at most one it shares
+    with the part after: two partial tiles per part are all there can be.
+    """
+    avals = [jax.typeof(x) for x in operands]
+    out, lse = _decode_results(*avals, **static)
+    shape = _shapes.decode_shape(*operands[:5])
+    slots = 2 * operands[5].shape[0]
+    partial = [
+        _like(avals, (slots, shape.h_kv, shape.rows, _shapes.HEAD_DIM_V), jnp.float32),
+        _like(avals, (slots, shape.h_kv, shape.rows), jnp.float32),
+    ]
+    call = jax.ffi.ffi_call(_ffi.DECODE_TARGET, [out, lse, *partial])
+    return call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)[:2]
+
+
+def _lowering(kernel: Callable, portable: Callable, platform: str) -> Callable:
+    """Chooses between kernel and portable definition when a program is lowered."""
+
+    def chosen(*operands: jax.Array, implementation: Implementation, **static: object) -> Sequence:
+        # The lengths of a schedule carry no dtype that could rule the kernel out.
+        dtype = jnp.bfloat16 if len(operands) == 1 else operands[0].dtype
+        takes_kernel = _dispatch.takes_kernel(implementation, dtype, platform)
+        function = kernel if takes_kernel else portable
+        return function(*operands, implementation=implementation, **static)
+
+    return mlir.lower_fun(chosen, multiple_results=True)
+
+
+def _define(primitive: Primitive, results: Callable, kernel: Callable, portable: Callable) -> None:
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(results)
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    mlir.register_lowering(primitive, _lowering(kernel, portable, "cuda"), platform="cuda")
+    mlir.register_lowering(primitive, _lowering(kernel, portable, "another one"))
+
+
+_define(schedule_p, _schedule_results, _kernel_schedule, _portable_schedule)
+_define(decode_p, _decode_results, _kernel_decode, _portable_decode)
