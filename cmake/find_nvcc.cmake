@@ -15,7 +15,8 @@ function(find_nvcc nvcc missing)
         "import importlib.util as u; s = u.find_spec('nvidia'); \
          print(*[p + '/cu13' for p in (s.submodule_search_locations if s else [])], sep=';')"
       OUTPUT_VARIABLE pypi_roots OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-    find_program(found nvcc HINTS ${pypi_roots} ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_CACHE)
+    find_program(found nvcc HINTS ${pypi_roots} ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin
+      NO_CACHE NO_CMAKE_SYSTEM_PATH)
   endif()
 
   if(NOT found)
