@@ -1,0 +1,36 @@
+# Sets up VENV once and again whenever a source changed: the wheel is built, then installed.
+# Other interpreters: make test PYTHON=python3.12 VENV=.venv-3.12
+VENV ?= .venv
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+sources := pyproject.toml CMakeLists.txt README.md LICENSE \
+  $(shell find cmake cuda jax_flashmla -type f -not -name '*.pyc')
+cpp_sources := $(shell find cuda tests -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
+
+export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed  ## decode batches of a serving trace; ARGS="--trace FILE" for your own
+	$(VENV)/bin/python -P -m jax_flashmla $(ARGS)
+
+test: $(VENV)/installed  ## the tests that need no GPU
+	$(VENV)/bin/pytest -m "not gpu" $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(cpp_sources)
+
+clean:
+	rm -rf .venv .venv-* build dist
+
+$(VENV)/installed: $(sources)
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	rm -rf $(VENV)/wheel
+	$(VENV)/bin/python -m pip wheel . --no-deps --wheel-dir $(VENV)/wheel
+	$(VENV)/bin/python -m pip install --force-reinstall --no-deps $(VENV)/wheel/*.whl
+	$(VENV)/bin/python -m pip install "$$(echo $(VENV)/wheel/*.whl)[test,lint]"
+	touch $@
