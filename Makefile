@@ -10,7 +10,7 @@ cpp_sources := $(shell find cuda tests -name '*.h' -o -name '*.cc' -o -name '*.c
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint runner clean
 
 demo: $(VENV)/installed  ## decode batches of a serving trace; ARGS="--trace FILE" for your own
 	$(VENV)/bin/python -P -m jax_flashmla $(ARGS)
@@ -22,6 +22,12 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/clang-format --dry-run -Werror $(cpp_sources)
+
+runner:  ## build/runner/flashmla_runner and, with bounded waits, build/runner-debug/flashmla_runner
+	cmake -S . -B build/runner -DJAX_FLASHMLA_CUDA=ON -DJAX_FLASHMLA_RUNNER=ON
+	cmake --build build/runner
+	cmake -S . -B build/runner-debug -DJAX_FLASHMLA_CUDA=ON -DJAX_FLASHMLA_RUNNER=ON -DJAX_FLASHMLA_DEBUG=ON
+	cmake --build build/runner-debug
 
 clean:
 	rm -rf .venv .venv-* build dist

@@ -1,0 +1,5 @@
+# flashmla_runner: the decode step without XLA and without Python, for checks and sanitizers.
+file(GLOB runner_sources CONFIGURE_DEPENDS cuda/runner/*.cc cuda/runner/*.cu)
+add_executable(flashmla_runner ${runner_sources})
+target_include_directories(flashmla_runner SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+target_link_libraries(flashmla_runner PRIVATE kernels)
