@@ -142,9 +142,7 @@ def _kernel_refusal(dtype: DTypeLike) -> str | None:
 
 
 def _dtype_refusal(dtype: DTypeLike) -> str | None:
-    if jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16):
-        return None
-    return f"{jnp.dtype(dtype).name} has no kernel, bfloat16 and float16 have"
+    return "float32 has no kernel, bfloat16 and float16 have" if dtype == jnp.float32 else None
 
 
 def _not_cuda(platform: str) -> str:

@@ -95,9 +95,9 @@ def _decode_function(
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple:
         folded = _fold_operands(axis_size, in_batched, operands, implementation)
+        batch = operands[4].shape[-1]
         results = decode(*folded, **static)
-        unfolded = [x.reshape(axis_size, -1, *x.shape[1:]) for x in results]
-        return unfolded, [True, True]
+        return [x.reshape(axis_size, batch, *x.shape[1:]) for x in results], [True, True]
 
     return _inference_only(call)
 
@@ -132,7 +132,7 @@ def _fold_operands(
 
     def fold(array: jax.Array, batched: bool) -> jax.Array:
         full = array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
-        return full.reshape(-1, *full.shape[2:])
+        return full.reshape(axis_size * full.shape[1], *full.shape[2:])
 
     q_latent, q_rope = fold(q_latent, in_batched[0]), fold(q_rope, in_batched[1])
     block_table, cache_seqlens = (
@@ -176,11 +176,22 @@ def _like(
 
 # Abstract evaluation.
 
+_OPERANDS = (
+    "q_latent",
+    "q_rope",
+    "kv_cache",
+    "block_table",
+    "cache_seqlens",
+    "tile_scheduler_metadata",
+    "num_splits",
+)
+
 
 def _schedule_results(
     cache_seqlens: jax.core.ShapedArray, *, num_sm_parts: int, **_: object
 ) -> list[jax.core.ShapedArray]:
     batch = _shapes.check_seqlens(cache_seqlens)
+    _shapes.check_not_sharded("cache_seqlens", cache_seqlens)
     rows = _shapes.check_count("num_sm_parts", num_sm_parts)
     like = functools.partial(_like, [cache_seqlens], dtype=jnp.int32)
     return [like((rows, _shapes.TileSchedulerMetaDataSize)), like((batch + 1,))]
@@ -190,6 +201,8 @@ def _decode_results(
     *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
 ) -> list[jax.core.ShapedArray]:
     *arrays, metadata, num_splits = operands
+    for name, operand in zip(_OPERANDS, operands, strict=True):
+        _shapes.check_not_sharded(name, operand)
     shape = _shapes.decode_shape(*arrays)
     _shapes.check_schedule(metadata, num_splits, shape.batch, None)
     dtype = arrays[0].dtype
@@ -245,9 +258,7 @@ def _lowering(kernel: Callable, portable: Callable, platform: str) -> Callable:
     """Chooses between kernel and portable definition when a program is lowered."""
 
     def chosen(*operands: jax.Array, implementation: Implementation, **static: object) -> Sequence:
-        # The lengths of a schedule carry no dtype that could rule the kernel out.
-        dtype = jnp.bfloat16 if len(operands) == 1 else operands[0].dtype
-        takes_kernel = _dispatch.takes_kernel(implementation, dtype, platform)
+        takes_kernel = _dispatch.takes_kernel(implementation, operands[0].dtype, platform)
         function = kernel if takes_kernel else portable
         return function(*operands, implementation=implementation, **static)
 

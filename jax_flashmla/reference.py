@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jax_flashmla._shapes import HEAD_DIM_QK, HEAD_DIM_V, PAGE_SIZE
 
-CHUNK_PAGES = 16  # pages per step of the streamed lowering: 2.4 MB of float32, at home in a cache
+CHUNK_PAGES = 8  # pages per step of the streamed lowering: 1.2 MB of float32, at home in a cache
 
 
 def definition(
