@@ -16,13 +16,11 @@ from jax_flashmla import _ffi
 
 ROOT = Path(__file__).parents[1]
 HAS_KERNELS = importlib.util.find_spec("jax_flashmla._cuda") is not None
+IS_INSTALLED = jax_flashmla.__version__ != "0+unknown"
 
+needs_installation = pytest.mark.skipif(not IS_INSTALLED, reason="a bare source tree")
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="a portable-only installation")
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake on PATH")
-
-
-def test_version_is_the_installed_one() -> None:
-    assert jax_flashmla.__version__ == metadata.version("jax-flashmla")
 
 
 def test_types_are_shipped() -> None:
@@ -31,6 +29,7 @@ def test_types_are_shipped() -> None:
     assert (package / "_cuda.pyi").is_file()
 
 
+@needs_installation
 def test_jax_is_the_only_runtime_dependency() -> None:
     required = metadata.requires("jax-flashmla") or []
     assert [line for line in required if "extra ==" not in line] == ["jax>=0.10"]

@@ -119,14 +119,16 @@ ffi::ErrorOr<DecodeParams> decode_params(const DecodeBuffers& buffers, float sof
     return ffi::Unexpected(mismatch("q_latent", dtype_name(dtype), "bfloat16 or float16"));
   }
   // One q [batch, s_q, h_q, 576] may stand for both of its parts.
-  const bool joined = shape_of(buffers.q_latent).size() == 4 &&
-                      shape_of(buffers.q_latent).back() == kHeadDimQk;
+  const bool joined =
+      shape_of(buffers.q_latent).size() == 4 && shape_of(buffers.q_latent).back() == kHeadDimQk;
   const int64_t q_latent_columns = joined ? kHeadDimQk : kKvLoraRank;
   const int64_t q_rope_columns = joined ? kHeadDimQk : kRopeDim;
   ffi::Error error = check({
       {"q_latent", buffers.q_latent, dtype, {kAnySize, kAnySize, kAnySize, q_latent_columns}},
       {"kv_cache", buffers.kv_cache, dtype, {kAnySize, kPageSize, kAnySize, kHeadDimQk}},
-      {"tile_scheduler_metadata", buffers.tile_scheduler_metadata, kInt32,
+      {"tile_scheduler_metadata",
+       buffers.tile_scheduler_metadata,
+       kInt32,
        {kAnySize, kScheduleColumns}},
   });
   if (error.failure()) return ffi::Unexpected(error);
@@ -163,8 +165,7 @@ ffi::ErrorOr<DecodeParams> decode_params(const DecodeBuffers& buffers, float sof
   const uint16_t* const rope_part =
       data<const uint16_t>(buffers.q_rope) + (joined ? kKvLoraRank : 0);
   return DecodeParams{
-      .element_type =
-          dtype == ffi::DataType::BF16 ? ElementType::kBfloat16 : ElementType::kFloat16,
+      .element_type = dtype == ffi::DataType::BF16 ? ElementType::kBfloat16 : ElementType::kFloat16,
       .q_latent = data<const void>(buffers.q_latent),
       .q_rope = rope_part,
       .kv_cache = data<const void>(buffers.kv_cache),

@@ -11,6 +11,5 @@ static ffi::Error prepare() { return launch_error(prepare_device()); }
 
 }  // namespace flashmla
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    flashmla_prepare_handler, flashmla::prepare,
-    xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flashmla_prepare_handler, flashmla::prepare,
+                              xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>());

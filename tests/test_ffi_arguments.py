@@ -1,0 +1,24 @@
+"""The FFI handlers' argument checks, compiled without CUDA and run on the CPU."""
+
+import shutil
+import subprocess
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_handlers_name_what_they_reject(tmp_path: Path) -> None:
+    jaxlib = util.find_spec("jaxlib")
+    assert jaxlib is not None
+    assert jaxlib.origin is not None
+    headers = Path(jaxlib.origin).parent / "include"
+    program = tmp_path / "ffi_arguments"
+    sources = [ROOT / "tests/ffi_arguments.cc", ROOT / "cuda/ffi/arguments.cc"]
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-isystem", headers]
+    subprocess.run(["g++", *flags, *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
