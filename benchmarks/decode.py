@@ -1,0 +1,121 @@
+"""Times one decode op on the rows of peers-h200.json, and what XLA offers beside it.
+
+    python benchmarks/decode.py                        # all rows to results/h200-decode.json
+    python benchmarks/decode.py --rows '128x*/h128/*' --no-xla --out some.json
+    python benchmarks/decode.py --quick                # tiny shapes: checks the script only
+
+README.md beside this file says how it measures.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import ceilings
+import environment
+import jax
+import report
+from contenders import OURS, XLA
+from measure import FULL, QUICK, measure
+from workload import Row, load_rows, make_pool
+
+from jax_flashmla._roofline import H200
+from jax_flashmla._timing import Seconds
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "h200-decode.json"
+
+
+def main() -> None:
+    """Measures, prints a table, keeps the JSON up to date after every row."""
+    options = _options()
+    rows = load_rows(options.rows)
+    if not rows:
+        raise SystemExit(f"error: no row matches {options.rows!r}; a row: 128x4096/h16/s1")
+    platform = jax.default_backend()
+    if options.quick:
+        rows = list(dict.fromkeys(row.shrunk() for row in rows))
+        _say(f"--quick on {platform}: tiny shapes, the numbers mean nothing")
+    elif platform != "gpu":
+        raise SystemExit(f"error: JAX runs on {platform}, the rows need a GPU (or --quick)")
+    effort = QUICK if options.quick else FULL
+    out = options.out or (None if options.quick else RESULTS)
+
+    kv_cache = make_pool(rows)
+    env = environment.describe()
+    _say(f"{env['device']}, {env['path']} path, pool of {kv_cache.nbytes / 1e9:.2f} GB")
+    limits = ceilings.measure(kv_cache, effort)
+    _say("ceilings: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
+    entries = {row: _entry(row) for row in rows}
+    result = {"env": env, "quick": options.quick, "ceilings": limits, "rows": [*entries.values()]}
+
+    for row, seconds in measure(OURS, rows, kv_cache, effort, say=_say):
+        entries[row].update(_times(row, seconds))
+        _write(result, out)
+    if not options.no_xla:
+        for row, seconds in measure(
+            XLA, rows, kv_cache, effort, say=_say, compile_seconds=options.xla_compile_seconds
+        ):
+            entries[row]["xla_us"] = seconds.median * 1e6
+            _write(result, out)
+    env["card_after"] = environment.card()
+    _write(result, out)
+    print(report.table(result))
+
+
+def _entry(row: Row) -> dict[str, object]:
+    return {
+        "h_q": row.h_q,
+        "s_q": row.s_q,
+        "batch": row.batch,
+        "seqlen": row.seqlen,
+        "us": None,
+        "floor_us": row.work.floor_seconds(H200) * 1e6,
+        "xla_us": None,
+        "best_peer": row.best_peer,
+        "best_peer_us": row.best_us,
+    }
+
+
+def _times(row: Row, seconds: Seconds) -> dict[str, float | None]:
+    us = seconds.median * 1e6
+    return {
+        "us": us,
+        "us_low": seconds.low * 1e6,
+        "us_high": seconds.high * 1e6,
+        "tflops": row.work.flop / seconds.median / 1e12,
+        "gbps": row.work.bytes / seconds.median / 1e9,
+        "share": row.work.floor_seconds(H200) / seconds.median,
+        "ratio_to_best": us / row.best_us if row.best_us else None,
+    }
+
+
+def _write(result: dict[str, object], out: pathlib.Path | None) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rows", default="*", help="comma-separated patterns on names such as 128x4096/h16/s1"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help=f"JSON file (default {RESULTS.name})")
+    parser.add_argument("--no-xla", action="store_true", help="leave gather + einsum out")
+    parser.add_argument(
+        "--xla-compile-seconds",
+        type=float,
+        default=150,
+        help="XLA rows not compiled by then are left out (default %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, checks the script")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

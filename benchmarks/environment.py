@@ -1,0 +1,46 @@
+"""What a measurement was taken on."""
+
+import datetime
+import platform
+import subprocess
+import sys
+
+import jax
+import jaxlib
+
+from jax_flashmla import status
+
+_CARD = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+
+
+def describe() -> dict[str, object]:
+    """Device, driver, versions, commit, command and date; None for what cannot be found."""
+    state = status()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "path": state.path,
+        "jax_flashmla": state.version,
+        "built_with_cuda": state.cuda,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "commit": _first_line("git", "rev-parse", "HEAD"),
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "card": card(),
+    }
+
+
+def card() -> dict[str, str] | None:
+    """Driver, clocks (MHz), power (W) and temperature of the first GPU right now."""
+    line = _first_line("nvidia-smi", f"--query-gpu={_CARD}", "--format=csv,noheader,nounits")
+    return dict(zip(_CARD.split(","), line.split(", "), strict=True)) if line else None
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0] if done.stdout else None

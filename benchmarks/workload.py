@@ -1,0 +1,148 @@
+"""The rows of the benchmark: shapes, lengths, peers' times, and inputs that keep L2 cold."""
+
+import dataclasses
+import fnmatch
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla import get_mla_metadata
+from jax_flashmla._roofline import HEAD_DIM_QK, HEAD_DIM_V, Work
+
+PAGE_SIZE = 64
+ROTATED_BYTES = 4.3e9  # KV bytes of all sets of a row together: nothing stays in L2
+MAX_SETS = 128
+LOGIT_SIGMA = 0.5
+PEERS = pathlib.Path(__file__).parent / "peers-h200.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row: shape, and what the peers needed.
+
+    Attributes:
+        h_q: Query heads (h_kv is 1).
+        s_q: Query tokens per request; above 1 the mask is causal.
+        batch: Requests.
+        seqlen: Tokens of each request, or "varM": lengths normal(M, M/2).
+        best_us: Best peer's time, None where it does not apply.
+        best_peer: Its name.
+    """
+
+    h_q: int
+    s_q: int
+    batch: int
+    seqlen: int | str
+    best_us: float | None = None
+    best_peer: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as 128x4096/h16/s1."""
+        return f"{self.batch}x{self.seqlen}/h{self.h_q}/s{self.s_q}"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 [batch]. Varying lengths are the normal's quantiles, shuffled: no lucky draw."""
+        if isinstance(self.seqlen, int):
+            return np.full(self.batch, self.seqlen, np.int32)
+        mean = int(self.seqlen.removeprefix("var"))
+        normal = statistics.NormalDist(mean, mean / 2)
+        quantiles = [normal.inv_cdf((i + 0.5) / self.batch) for i in range(self.batch)]
+        lengths = np.maximum(np.rint(quantiles).astype(np.int32), self.s_q)
+        return np.random.default_rng(0).permutation(lengths)
+
+    @property
+    def pages(self) -> np.ndarray:
+        """Pages of each request, int32 [batch]."""
+        return -(-self.lengths // PAGE_SIZE)
+
+    @property
+    def work(self) -> Work:
+        """Bytes and FLOP of one call; no page is shared."""
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        return Work(tokens, tokens, self.batch, self.s_q, self.h_q)
+
+    @property
+    def sets(self) -> int:
+        """KV sets to rotate over."""
+        return max(1, min(MAX_SETS, round(ROTATED_BYTES / self.work.kv_bytes)))
+
+    def shrunk(self) -> "Row":
+        """The same row small enough for a CPU; no peer has a time for it."""
+        seqlen = min(self.seqlen, 130) if isinstance(self.seqlen, int) else "var96"
+        return Row(min(self.h_q, 4), self.s_q, min(self.batch, 3), seqlen)
+
+
+def load_rows(patterns: str = "*") -> list[Row]:
+    """The 62 rows of the peers' table whose names match one of the comma-separated patterns."""
+    rows = []
+    for entry in json.loads(PEERS.read_text(encoding="utf-8"))["rows"]:
+        best = entry["best_us"]
+        peer = next(name for name, us in entry["peers_us"].items() if us == best)
+        row = Row(entry["h_q"], entry["s_q"], entry["batch"], entry["seqlen"], best, peer)
+        if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns.split(",")):
+            rows.append(row)
+    return rows
+
+
+def make_pool(rows: Sequence[Row]) -> jax.Array:
+    """A pool of random pages, [num_pages, page_size, 1, head_dim_qk], that all rows take from."""
+    num_pages = max(row.sets * int(row.pages.sum()) for row in rows)
+    shape = (num_pages, PAGE_SIZE, 1, HEAD_DIM_QK)
+    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16))()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Arguments of a chain of calls, each on its own pages of the pool."""
+
+    q_latent: jax.Array  # [b, s_q, h_q, 512]
+    q_rope: jax.Array  # [b, s_q, h_q, 64]
+    tables: tuple[jax.Array, ...]  # KV sets of int32 [b, max_pages_per_seq]
+    cache_seqlens: jax.Array  # int32 [b]
+    schedule: tuple[jax.Array, jax.Array]
+
+
+def query_std(row: Row) -> float:
+    """Standard deviation of q at which a chain that feeds ``out`` back as q is stationary.
+
+    Softmax weights of logits with standard deviation sigma, over L random values of variance 1,
+    give out a variance of exp(sigma^2) / L. The tenth shortest length is taken for L.
+    """
+    length = float(np.quantile(row.lengths, 0.1))
+    return math.sqrt(math.exp(LOGIT_SIGMA**2) / length)
+
+
+def softmax_scale(row: Row) -> float:
+    """The scale that gives logits of standard deviation LOGIT_SIGMA against random keys."""
+    return LOGIT_SIGMA / (query_std(row) * math.sqrt(HEAD_DIM_QK))
+
+
+def make_inputs(row: Row, num_pages: int) -> Inputs:
+    """Random queries and disjoint shuffled block tables into a pool of ``num_pages``."""
+    rng = np.random.default_rng(1)
+    total = int(row.pages.sum())
+    order = rng.permutation(num_pages).astype(np.int32)
+    valid = np.arange(row.pages.max()) < row.pages[:, None]
+    tables = []
+    for i in range(row.sets):
+        table = np.full(valid.shape, -1, np.int32)
+        table[valid] = order[i * total : (i + 1) * total]
+        tables.append(jnp.asarray(table))
+
+    def query(width: int) -> jax.Array:
+        values = rng.standard_normal((row.batch, row.s_q, row.h_q, width), np.float32)
+        return jnp.asarray(values * np.float32(query_std(row))).astype(jnp.bfloat16)
+
+    lengths = jnp.asarray(row.lengths)
+    schedule = get_mla_metadata(lengths, row.s_q * row.h_q, 1)
+    return Inputs(
+        query(HEAD_DIM_V), query(HEAD_DIM_QK - HEAD_DIM_V), tuple(tables), lengths, schedule
+    )
