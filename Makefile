@@ -37,6 +37,7 @@ $(VENV)/installed: $(sources)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	rm -rf $(VENV)/wheel
 	$(VENV)/bin/python -m pip wheel . --no-deps --wheel-dir $(VENV)/wheel
-	$(VENV)/bin/python -m pip install --force-reinstall --no-deps $(VENV)/wheel/*.whl
-	$(VENV)/bin/python -m pip install "$$(echo $(VENV)/wheel/*.whl)[test,lint]"
+	$(VENV)/bin/python -m pip install -q --force-reinstall --no-deps $(VENV)/wheel/*.whl
+	$(VENV)/bin/python -m pip install -q "$$(echo $(VENV)/wheel/*.whl)[test,lint]"
+	$(VENV)/bin/python -P -c "import jax_flashmla; print(jax_flashmla.status())"
 	touch $@
