@@ -37,7 +37,7 @@ def get_mla_metadata(
         ValueError: a shape or count is wrong.
         TypeError: a dtype is wrong, or a static argument is traced.
     """
-    cache_seqlens = _shapes.as_array("cache_seqlens", cache_seqlens)
+    (cache_seqlens,) = _shapes.as_arrays(cache_seqlens=cache_seqlens)
     _shapes.check_seqlens(cache_seqlens)
     rows = _shapes.check_count("num_heads_per_head_k", num_heads_per_head_k)
     h_kv = _shapes.check_count("num_heads_k", num_heads_k)
@@ -82,20 +82,18 @@ def flash_mla_with_kvcache(
         ValueError: a shape or value is wrong.
         TypeError: a dtype is wrong, or a static argument is traced.
     """
-    q, k_cache = _shapes.as_array("q", q), _shapes.as_array("k_cache", k_cache)
-    block_table = _shapes.as_array("block_table", block_table)
-    cache_seqlens = _shapes.as_array("cache_seqlens", cache_seqlens)
+    arrays = _shapes.as_arrays(
+        q=q, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens
+    )
     _shapes.check_head_dim_v(head_dim_v)
-    shape = _shapes.joined_decode_shape(q, k_cache, block_table, cache_seqlens)
+    shape = _shapes.joined_decode_shape(*arrays)
+    given = _pair(tile_scheduler_metadata, num_splits)
+    given, parts = _checked_parts(given, None, shape)
     scale = _shapes.HEAD_DIM_QK**-0.5 if softmax_scale is None else softmax_scale
-    metadata = _pair(tile_scheduler_metadata, num_splits)
     out, lse = _primitives.decode(
-        q,
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        _schedule(metadata, cache_seqlens, shape, None, None),
+        (arrays[0], *arrays),  # the joined queries, in the place of both parts
+        given,
+        num_sm_parts=parts,
         softmax_scale=_shapes.check_softmax_scale(scale),
         causal=_shapes.check_flag("causal", causal),
         implementation=None,
@@ -160,45 +158,39 @@ def mla_decode(
         RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
         NotImplementedError: it is differentiated.
     """
-    q_latent, q_rope = _shapes.as_array("q_latent", q_latent), _shapes.as_array("q_rope", q_rope)
-    kv_cache = _shapes.as_array("kv_cache", kv_cache)
-    block_table = _shapes.as_array("block_table", block_table)
-    cache_seqlens = _shapes.as_array("cache_seqlens", cache_seqlens)
-    shape = _shapes.split_decode_shape(q_latent, q_rope, kv_cache, block_table, cache_seqlens)
-    _dispatch.check_request(implementation, q_latent.dtype)
+    arrays = _shapes.as_arrays(
+        q_latent=q_latent,
+        q_rope=q_rope,
+        kv_cache=kv_cache,
+        block_table=block_table,
+        cache_seqlens=cache_seqlens,
+    )
+    shape = _shapes.split_decode_shape(*arrays)
+    _dispatch.check_request(implementation, arrays[0].dtype)
+    given, parts = _checked_parts(schedule, num_sm_parts, shape)
     return _primitives.decode(
-        q_latent,
-        q_rope,
-        kv_cache,
-        block_table,
-        cache_seqlens,
-        _schedule(schedule, cache_seqlens, shape, num_sm_parts, implementation),
+        arrays,
+        given,
+        num_sm_parts=parts,
         softmax_scale=_shapes.check_softmax_scale(softmax_scale),
         causal=_shapes.check_flag("causal", causal),
         implementation=implementation,
     )
 
 
-def _schedule(
+def _checked_parts(
     given: tuple[jax.Array, jax.Array] | None,
-    cache_seqlens: jax.Array,
-    shape: _shapes.DecodeShape,
     num_sm_parts: int | None,
-    implementation: Implementation,
-) -> Schedule:
-    """Checks the schedule that was given, or makes one."""
+    shape: _shapes.DecodeShape,
+) -> tuple[Schedule | None, int]:
+    """Checks the schedule that was given, if any, and returns it with the number of parts."""
     if given is None:
-        parts = _num_sm_parts(num_sm_parts, max(1, shape.rows), shape.h_kv)
-        return _primitives.schedule(
-            cache_seqlens, num_sm_parts=parts, implementation=implementation
-        )
+        return None, _num_sm_parts(num_sm_parts, max(1, shape.rows), shape.h_kv)
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         got = type(given).__name__
         raise TypeError(f"schedule: got {got}, expected the pair that get_mla_metadata returns")
-    metadata = _shapes.as_array("tile_scheduler_metadata", given[0])
-    num_splits = _shapes.as_array("num_splits", given[1])
-    _shapes.check_schedule(metadata, num_splits, shape.batch, num_sm_parts)
-    return Schedule(metadata, num_splits)
+    pair = _shapes.as_arrays(tile_scheduler_metadata=given[0], num_splits=given[1])
+    return Schedule(*pair), _shapes.check_schedule(*pair, shape.batch, num_sm_parts)
 
 
 def _pair(

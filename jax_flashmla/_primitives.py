@@ -22,6 +22,8 @@ from jax_flashmla import schedule as _schedule
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla.schedule import Schedule
 
+Arrays = tuple[jax.Array, ...]
+
 schedule_p = Primitive("mla_schedule")
 decode_p = Primitive("mla_decode")
 
@@ -37,28 +39,33 @@ def schedule(
 
 
 def decode(
-    q_latent: jax.Array,
-    q_rope: jax.Array,
-    kv_cache: jax.Array,
-    block_table: jax.Array,
-    cache_seqlens: jax.Array,
-    parts: Schedule,
+    arrays: Arrays,
+    given: Schedule | None,
     *,
+    num_sm_parts: int,
     softmax_scale: float,
     causal: bool,
     implementation: Implementation,
 ) -> tuple[jax.Array, jax.Array]:
-    """Decodes checked arrays; q_latent and q_rope may be one joined array, passed twice.
+    """Decodes checked arrays.
+
+    Args:
+        arrays: q_latent, q_rope, kv_cache, block_table, cache_seqlens; the first two may be one
+            joined array, passed twice.
+        given: the schedule, None to make one here.
+        num_sm_parts: the number of parts, also of the schedule that was given.
+        softmax_scale: factor of the logits.
+        causal: whether a query is hidden from the keys after it.
+        implementation: as in `_dispatch.takes_kernel`.
 
     Returns:
         out `[b, s_q, h_q, 512]` and lse float32 `[b, s_q, h_q]`, -inf on empty rows.
     """
-    shape = _shapes.decode_shape(q_latent, q_rope, kv_cache, block_table, cache_seqlens)
+    shape, dtype = _shapes.decode_shape(*arrays), arrays[0].dtype
     if shape.is_trivial:
-        return jnp.zeros(shape.out, q_latent.dtype), jnp.full(shape.lse, -jnp.inf, jnp.float32)
-    function = _decode_function(softmax_scale, causal, implementation)
-    operands = q_latent, q_rope, kv_cache, block_table, cache_seqlens, *parts
-    out, lse = function(*_align(operands))
+        return jnp.zeros(shape.out, dtype), jnp.full(shape.lse, -jnp.inf, jnp.float32)
+    function = _decode_function(num_sm_parts, softmax_scale, causal, implementation)
+    out, lse = function(*_align([*arrays, *(given or ())]))
     return out, lse
 
 
@@ -84,20 +91,24 @@ def _schedule_function(num_sm_parts: int, implementation: Implementation) -> Cal
 
 @functools.cache
 def _decode_function(
-    softmax_scale: float, causal: bool, implementation: Implementation
+    num_sm_parts: int, softmax_scale: float, causal: bool, implementation: Implementation
 ) -> Callable:
+    parts = {"num_sm_parts": num_sm_parts, "implementation": implementation}
     static = {"softmax_scale": softmax_scale, "causal": causal, "implementation": implementation}
 
     @jax.custom_batching.custom_vmap
     def call(*operands: jax.Array) -> list[jax.Array]:
-        return decode_p.bind(*operands, **static)
+        arrays, given = operands[:5], operands[5:]
+        return decode_p.bind(*arrays, *(given or schedule_p.bind(arrays[-1], **parts)), **static)
 
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple:
-        folded = _fold_operands(axis_size, in_batched, operands, implementation)
+        # A schedule of the smaller batches is of no use to the larger one.
+        arrays = _fold_batch(axis_size, in_batched[:5], operands[:5])
+        out, lse = decode(arrays, None, num_sm_parts=num_sm_parts, **static)
         batch = operands[4].shape[-1]
-        results = decode(*folded, **static)
-        return [x.reshape(axis_size, batch, *x.shape[1:]) for x in results], [True, True]
+        unfolded = [x.reshape(axis_size, batch, *x.shape[1:]) for x in (out, lse)]
+        return unfolded, [True, True]
 
     return _inference_only(call)
 
@@ -116,14 +127,8 @@ def _inference_only(function: Callable) -> Callable:
     return wrapped
 
 
-def _fold_operands(
-    axis_size: int,
-    in_batched: Sequence[bool],
-    operands: Sequence[jax.Array],
-    implementation: Implementation,
-) -> tuple:
-    """Folds a mapped axis into the batch, and schedules the larger batch anew."""
-    q_latent, q_rope, kv_cache, block_table, cache_seqlens, metadata, _ = operands
+def _fold_batch(axis_size: int, in_batched: Sequence[bool], arrays: Arrays) -> Arrays:
+    """Folds a mapped axis into the batch of all arrays but the pool."""
     if in_batched[2]:
         raise ValueError(
             "kv_cache: got a page pool mapped by vmap, expected one pool for all: put the pages"
@@ -134,14 +139,8 @@ def _fold_operands(
         full = array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
         return full.reshape(axis_size * full.shape[1], *full.shape[2:])
 
-    q_latent, q_rope = fold(q_latent, in_batched[0]), fold(q_rope, in_batched[1])
-    block_table, cache_seqlens = (
-        fold(block_table, in_batched[3]),
-        fold(cache_seqlens, in_batched[4]),
-    )
-    num_sm_parts = metadata.shape[-2]
-    parts = schedule(cache_seqlens, num_sm_parts=num_sm_parts, implementation=implementation)
-    return q_latent, q_rope, kv_cache, block_table, cache_seqlens, parts
+    folded = [fold(array, batched) for array, batched in zip(arrays, in_batched, strict=True)]
+    return (*folded[:2], arrays[2], *folded[3:])
 
 
 # Varying manual axes: shard_map's check wants to know over which mesh axes a value varies.

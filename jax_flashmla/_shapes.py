@@ -62,11 +62,12 @@ class DecodeShape:
         return 0 in (self.batch, self.rows, self.num_pages, self.max_pages_per_seq)
 
 
-def as_array(name: str, value: jax.Array | np.ndarray) -> jax.Array:
-    """Takes JAX and NumPy arrays, and refuses what would be converted by guess (lists, None)."""
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a JAX or NumPy array")
-    return jnp.asarray(value)
+def as_arrays(**values: jax.Array | np.ndarray) -> tuple[jax.Array, ...]:
+    """Takes JAX and NumPy arrays by name, and refuses what only a guess converts (lists, None)."""
+    for name, value in values.items():
+        if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a JAX or NumPy array")
+    return tuple(jnp.asarray(value) for value in values.values())
 
 
 def split_decode_shape(

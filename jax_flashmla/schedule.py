@@ -4,8 +4,8 @@ This file is the definition and the portable lowering of `jax_flashmla.get_mla_m
 device kernel and the host C++ in `cuda/schedule/` compute the same integers.
 
 The requests are laid end to end on one line of cost, `REQUEST_COST` for each request and one for
-each of its pages, and the line is cut into equal shares. A cut inside a request's own cost is a
-cut before its first page.
+each of its pages, and the line is cut into equal shares, up to `MERGE_COST` larger than need be if
+then no request is split. A cut inside a request's own cost is a cut before its first page.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from jax_flashmla._shapes import PAGE_SIZE, TileSchedulerMetaDataSize
 
 REQUEST_COST = 2  # in pages: what starting a request costs a part beside its pages
 MIN_SHARE = 2  # in pages: no part gets less, so that few pages are not split into crumbs
+MERGE_COST = 8  # in pages: what a step pays for merging splits; up to so much is paid to have none
 ROW_TILE = 64  # packed query rows that one CTA works on
 INT32_MAX = 2**31 - 1
 
@@ -63,7 +64,7 @@ def plan(cache_seqlens: jax.Array, num_sm_parts: int) -> Schedule:
     (batch,) = cache_seqlens.shape
     ends = jnp.cumsum(_costs(cache_seqlens), dtype=jnp.int32)  # [b], the line of cost
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])  # [b + 1], starts[b] = total
-    share = jnp.maximum(_ceil_div(ends[-1], num_sm_parts), MIN_SHARE)
+    share = _share(starts, num_sm_parts)
     first_shares = (starts[:-1] + REQUEST_COST) // share  # [b], the share of each first page
     idx, page = _boundaries(starts, share, num_sm_parts)
     parts = jnp.arange(num_sm_parts, dtype=jnp.int32)
@@ -79,9 +80,18 @@ def plan(cache_seqlens: jax.Array, num_sm_parts: int) -> Schedule:
 def _costs(cache_seqlens: jax.Array) -> jax.Array:
     """Returns the cost of each request, capped so that no sum over the batch leaves int32."""
     (batch,) = cache_seqlens.shape
-    page_cap = INT32_MAX // batch - REQUEST_COST
+    page_cap = (INT32_MAX - MERGE_COST) // batch - REQUEST_COST
     pages = _ceil_div(jnp.maximum(cache_seqlens, 0), PAGE_SIZE)
     return REQUEST_COST + jnp.minimum(pages, page_cap)
+
+
+def _share(starts: jax.Array, num_sm_parts: int) -> jax.Array:
+    """Returns the cost of each part: the least possible, or a little more if that splits nobody."""
+    least = jnp.maximum(_ceil_div(starts[-1], num_sm_parts), MIN_SHARE)
+    candidates = (least + jnp.arange(MERGE_COST + 1, dtype=jnp.int32))[None]
+    first_pages, lasts = (starts[:-1] + REQUEST_COST)[:, None], (starts[1:] - 1)[:, None]
+    whole = (lasts // candidates <= first_pages // candidates).all(axis=0)
+    return jnp.where(whole.any(), candidates[0, jnp.argmax(whole)], least)
 
 
 def _boundaries(

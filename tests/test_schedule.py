@@ -11,15 +11,30 @@ from hypothesis import strategies as st
 
 import jax_flashmla
 from jax_flashmla import _dispatch
-from jax_flashmla.schedule import MIN_SHARE, REQUEST_COST, default_num_sm_parts, plan
+from jax_flashmla.schedule import MERGE_COST, MIN_SHARE, REQUEST_COST, default_num_sm_parts, plan
 
 LONGEST = 2**31 - 1
 
 
 def pages_of(lengths: list[int]) -> list[int]:
     """Pages per request as the schedule counts them, in unbounded integers."""
-    cap = LONGEST // len(lengths) - REQUEST_COST
+    cap = (LONGEST - MERGE_COST) // len(lengths) - REQUEST_COST
     return [min(-(-max(length, 0) // 64), cap) for length in lengths]
+
+
+def best_share(starts: list[int], parts: int) -> int:
+    """The least share, or the first of the MERGE_COST next ones that cuts into no request."""
+    least = max(-(-starts[-1] // parts), MIN_SHARE)
+    for share in range(least, least + MERGE_COST + 1):
+        before = [start % share for start in starts[:-1]]  # cost in the part before the request
+        costs = [end - start for start, end in itertools.pairwise(starts)]
+        first_cuts = [  # behind the first page: the first cut that splits
+            next(cut for cut in itertools.count(share - b, share) if cut > REQUEST_COST)
+            for b in before
+        ]
+        if all(cost <= cut for cost, cut in zip(costs, first_cuts, strict=True)):
+            return share
+    return least
 
 
 def expected(lengths: list[int], parts: int) -> tuple[list[list[int]], list[int]]:
@@ -28,7 +43,7 @@ def expected(lengths: list[int], parts: int) -> tuple[list[list[int]], list[int]
     starts = [0]
     for count in pages:
         starts.append(starts[-1] + REQUEST_COST + count)
-    share = max(-(-starts[-1] // parts), MIN_SHARE)
+    share = best_share(starts, parts)
 
     def boundary(part: int) -> tuple[int, int, int]:
         cut = part * share
@@ -124,7 +139,13 @@ def test_no_part_gets_more_than_its_share(lengths: list[int], parts: int) -> Non
     for pieces in walk(rows, pages):
         cost = sum(last - first for _, first, last, _ in pieces)
         own = [request for request, first, _, _ in pieces if first == 0]
-        assert cost + REQUEST_COST * len(own) <= share + REQUEST_COST
+        assert cost + REQUEST_COST * len(own) <= share + REQUEST_COST + MERGE_COST
+
+
+@pytest.mark.parametrize(("batch", "length", "parts"), [(64, 4096, 66), (128, 1024, 66), (9, 0, 3)])
+def test_requests_stay_whole_where_that_costs_little(batch: int, length: int, parts: int) -> None:
+    _, num_splits = planned([length] * batch, parts)
+    np.testing.assert_array_equal(num_splits, np.arange(batch + 1))
 
 
 @settings(max_examples=60, deadline=None)
