@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from workload import ROTATED_BYTES, Inputs, Row, softmax_scale
+from workload import ROTATED_BYTES, SOFTMAX_SCALE, Inputs, Row
 
 from jax_flashmla import mla_decode
 
-# (q_latent, q_rope, kv_cache, block_table, cache_seqlens, schedule, scale) -> out
+# (q_latent, q_rope, kv_cache, block_table, cache_seqlens, schedule) -> out
 Attend = Callable[..., jax.Array]
 
 
@@ -74,29 +74,32 @@ class Contender:
     ) -> Chain:
         """Compiles a chain of calls; ``q_latent`` is donated, so that addresses never change."""
         calls = self.calls(row)
-        scale = softmax_scale(row)
-
-        def run(
-            q_latent: jax.Array,
-            q_rope: jax.Array,
-            kv_cache: jax.Array,
-            tables: tuple[jax.Array, ...],
-            cache_seqlens: jax.Array,
-            schedule: tuple[jax.Array, jax.Array],
-        ) -> jax.Array:
-            for table in itertools.islice(itertools.cycle(tables), calls):
-                q_latent = self.attend(
-                    q_latent, q_rope, kv_cache, table, cache_seqlens, schedule, scale
-                )
-            return q_latent
 
         starts = range(0, len(inputs.tables), calls)
         groups = [inputs.tables[start : start + calls] for start in starts]
         groups = [group for group in groups if len(group) == len(groups[0])]
-        jitted = jax.jit(run, donate_argnums=0 if donate else ())
+        jitted = jax.jit(chained(self.attend, calls), donate_argnums=0 if donate else ())
         rest = (inputs.cache_seqlens, inputs.schedule)
         lowered = jitted.lower(inputs.q_latent, inputs.q_rope, kv_cache, groups[0], *rest)
         return Chain(lowered.compile(), calls, inputs, kv_cache, itertools.cycle(groups))
+
+
+def chained(attend: Attend, calls: int) -> Callable[..., jax.Array]:
+    """The function of a chain: ``calls`` calls, each fed with the output of the one before."""
+
+    def run(
+        q_latent: jax.Array,
+        q_rope: jax.Array,
+        kv_cache: jax.Array,
+        tables: tuple[jax.Array, ...],
+        cache_seqlens: jax.Array,
+        schedule: tuple[jax.Array, jax.Array],
+    ) -> jax.Array:
+        for table in itertools.islice(itertools.cycle(tables), calls):
+            q_latent = attend(q_latent, q_rope, kv_cache, table, cache_seqlens, schedule)
+        return q_latent
+
+    return run
 
 
 def ours(
@@ -106,7 +109,6 @@ def ours(
     block_table: jax.Array,
     cache_seqlens: jax.Array,
     schedule: tuple[jax.Array, jax.Array],
-    scale: float,
 ) -> jax.Array:
     """jax_flashmla, with the schedule made beforehand."""
     out, _ = mla_decode(
@@ -115,7 +117,7 @@ def ours(
         kv_cache,
         block_table,
         cache_seqlens,
-        softmax_scale=scale,
+        softmax_scale=SOFTMAX_SCALE,
         schedule=schedule,
     )
     return out
@@ -128,7 +130,6 @@ def gather_einsum(
     block_table: jax.Array,
     cache_seqlens: jax.Array,
     schedule: tuple[jax.Array, jax.Array],  # noqa: ARG001  (every contender gets the same)
-    scale: float,
 ) -> jax.Array:
     """What JAX users have today: gather the pages, two einsums with a mask between, all XLA.
 
@@ -138,11 +139,11 @@ def gather_einsum(
     b, s_q, _, head_dim_v = q_latent.shape
     q = jnp.concatenate([q_latent, q_rope], axis=-1)
     keys = kv_cache[block_table].reshape(b, -1, q.shape[-1])  # [b, tokens, 576]
-    logits = jnp.einsum("bshd,btd->bsht", q, keys, preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("bshd,btd->bsht", q, keys, preferred_element_type=jnp.float32)
     limits = cache_seqlens[:, None] - (s_q - 1 - jnp.arange(s_q))  # [b, s_q]
     seen = jnp.arange(keys.shape[1]) < limits[:, :, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(q.dtype)
-    return jnp.einsum("bsht,btd->bshd", weights, keys[..., :head_dim_v])
+    weights = jax.nn.softmax(jnp.where(seen, logits * SOFTMAX_SCALE, -jnp.inf), axis=-1)
+    return jnp.einsum("bsht,btd->bshd", weights.astype(q.dtype), keys[..., :head_dim_v])
 
 
 # Enough calls to leave nothing of a KV set in L2, and to hide the start of a run.

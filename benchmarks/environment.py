@@ -25,7 +25,7 @@ def describe() -> dict[str, object]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
-        "commit": _first_line("git", "rev-parse", "HEAD"),
+        "commit": _first_line("git", "describe", "--always", "--dirty", "--abbrev=40"),
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": card(),

@@ -27,6 +27,8 @@ def table(result: dict) -> str:
     rows = [row for row in result["rows"] if row["us"] is not None]
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
     lines += [_line(row) for row in rows]
+    if len(rows) < len(result["rows"]):
+        lines.append(f"\n{len(result['rows']) - len(rows)} rows were not measured")
     compared = [row for row in rows if row["best_peer_us"]]
     for name, group, limit in (
         ("batch >= 32", [row for row in compared if row["batch"] >= 32], 1.3),

@@ -4,15 +4,18 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 
 import jax_flashmla
 from jax_flashmla._roofline import H200
+from jax_flashmla._timing import Seconds
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 PEERS = json.loads((BENCHMARKS / "peers-h200.json").read_text(encoding="utf-8"))
@@ -68,6 +71,37 @@ def test_sets_of_a_row_share_no_page(workload: ModuleType) -> None:
     pages = np.concatenate([np.asarray(table)[np.asarray(table) >= 0] for table in tables])
     assert len(tables) == row.sets
     assert sorted(pages) == list(range(row.sets * total))
+
+
+def test_report_gives_the_tables_means(workload: ModuleType) -> None:
+    """With the best peers' own times: the distances to the floor that their table states."""
+    decode, report = importlib.import_module("decode"), importlib.import_module("report")
+    entries = [
+        decode.entry(row) | decode.times(row, Seconds(*[row.best_us / 1e6] * 3))
+        for row in workload.load_rows()
+    ]
+    text = report.table({"rows": entries})
+    assert "batch >= 32: 38 rows, time over best peer 1.00 (most 1.00, 0 above 1.3)" in text
+    means = re.findall(r"over the floor ([\d.]+)", text)
+    assert means == ["1.25", "3.16", "1.79"]
+
+
+def test_chain_is_nothing_but_calls_of_the_kernel(workload: ModuleType) -> None:
+    contenders = importlib.import_module("contenders")
+    row = workload.Row(16, 2, 2, 130)
+    pool = workload.make_pool([row])
+    inputs = workload.make_inputs(row, pool.shape[0])
+    run = jax.jit(contenders.chained(contenders.ours, 5))
+    lowered = run.trace(
+        inputs.q_latent,
+        inputs.q_rope,
+        pool,
+        inputs.tables,
+        inputs.cache_seqlens,
+        inputs.schedule,
+    ).lower(lowering_platforms=("cuda",))
+    operations = re.findall(r"= \"?(stablehlo\.\w+ ?@?\w*|\w*call)", lowered.as_text())
+    assert operations == ["stablehlo.custom_call @jax_flashmla_decode"] * 5
 
 
 @pytest.mark.parametrize("script", ["decode.py", "overhead.py"])
