@@ -146,8 +146,8 @@ def gather_einsum(
     return jnp.einsum("bsht,btd->bshd", weights.astype(q.dtype), keys[..., :head_dim_v])
 
 
-# Enough calls to leave nothing of a KV set in L2, to hide the start of a run, and to become a command
-# buffer (XLA wants five operations).
+# Enough calls to leave nothing of a KV set in L2, to hide the start of a run, and to become a
+# command buffer (XLA wants five operations).
 OURS = Contender("jax_flashmla", ours, min_calls=8, max_calls=128, run_bytes=ROTATED_BYTES)
 # Few: XLA compiles and tunes each call of a chain, and may gather for all of them at once.
 XLA = Contender("xla gather + einsum", gather_einsum, min_calls=1, max_calls=4, run_bytes=1e9)
