@@ -1,0 +1,56 @@
+// The kernel's one parameter, and where a block stands in the grid.
+#pragma once
+
+#include <cuda.h>
+
+#include "../params.h"
+#include "config.h"
+#include "work.h"
+
+namespace flashmla::decode {
+
+struct Arguments {
+  CUtensorMap half_map;  // pool as {64 columns, 64 tokens, 9 * h_kv tiles, pages}; box: half of V
+  CUtensorMap rope_map;  // the same pool; box: one tile
+  DecodeParams params;
+  int rows;          // R: packed query rows per request and KV head
+  int heads_per_kv;  // h_q / h_kv; packed row r is query r / heads_per_kv
+  int row_tiles;     // ceil(rows / 64)
+  int max_length;    // keys that a block_table row can hold
+  float scale_log2;  // softmax_scale * log2(e)
+};
+
+// Neighbouring blocks read the same pages at the same time: row tiles run fastest.
+struct BlockPlace {
+  int part;
+  int kv_head;
+  int first_row;
+};
+
+__device__ __forceinline__ BlockPlace block_place(const Arguments& a) {
+  const int tiles = a.row_tiles * a.params.h_kv;
+  const int block = static_cast<int>(blockIdx.x);
+  const int tile = block % tiles;
+  return {block / tiles, tile / a.row_tiles, tile % a.row_tiles * kRowTile};
+}
+
+// Index of a packed row among the [batch, s_q, h_q] query vectors.
+__device__ __forceinline__ long long query_vector(const Arguments& a, int request, int kv_head,
+                                                  int row) {
+  const int query = row / a.heads_per_kv;
+  const int head = kv_head * a.heads_per_kv + row % a.heads_per_kv;
+  return (static_cast<long long>(request) * a.params.s_q + query) * a.params.h_q + head;
+}
+
+__device__ __forceinline__ PartRange read_part(const Arguments& a, int part) {
+  return read_part(
+      a.params.tile_scheduler_metadata + static_cast<long long>(part) * kScheduleColumns,
+      a.params.batch);
+}
+
+__device__ __forceinline__ WorkItem read_item(const Arguments& a, const PartRange& part,
+                                              int request) {
+  return make_item(part, request, a.params.cache_seqlens[request], a.max_length);
+}
+
+}  // namespace flashmla::decode

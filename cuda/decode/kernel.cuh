@@ -1,0 +1,58 @@
+// The decode kernel: roles and their registers. README.md has the schedule that they follow.
+#pragma once
+
+#include "../sm90/registers.cuh"
+#include "math.cuh"
+
+namespace flashmla::decode {
+
+__device__ __forceinline__ void init_barriers(Barriers& barriers) {
+  for (int slot = 0; slot < kPageSlots; ++slot) {
+    for (int part = 0; part < kPageParts; ++part) {
+      sm90::barrier_init(barriers.page_full[slot][part], kPageFullArrivals);
+      sm90::barrier_init(barriers.page_empty[slot][part], kPageEmptyArrivals);
+    }
+  }
+  sm90::barrier_init(barriers.query_full, kQueryFullArrivals);
+  sm90::barrier_init(barriers.query_empty, kQueryEmptyArrivals);
+  for (sm90::Barrier& ready : barriers.weights_ready) {
+    sm90::barrier_init(ready, kWeightsReadyArrivals);
+  }
+  sm90::barrier_init_fence();
+}
+
+template <class T, bool kSerial>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_kernel(const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  Storage& storage = *reinterpret_cast<Storage*>(shared_bytes);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const BlockPlace place = block_place(arguments);
+
+  sm90::fill_with_nan(shared_bytes, sizeof(Storage));
+  if (threadIdx.x == 0) {
+    sm90::tma_prefetch_map(arguments.half_map);
+    sm90::tma_prefetch_map(arguments.rope_map);
+    init_barriers(storage.barriers);
+  }
+  __syncthreads();
+  sm90::allow_next_kernel();
+
+  if (warp < kWarpsPerWarpgroup) {
+    sm90::release_registers<kProducerRegisters>();
+    if (warp == 0) {
+      stream_pages(storage, arguments, place);
+    } else {
+      load_queries(storage, arguments, place, warp - 1);
+    }
+  } else {
+    sm90::acquire_registers<kMathRegisters>();
+    if (warp < 2 * kWarpsPerWarpgroup) {
+      Math<T, kSerial, kLeftHalf>(storage, arguments, place).run();
+    } else {
+      Math<T, kSerial, kRightHalf>(storage, arguments, place).run();
+    }
+  }
+}
+
+}  // namespace flashmla::decode

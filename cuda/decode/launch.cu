@@ -1,0 +1,141 @@
+// Host side of the decode step: arguments, tensor maps, launches.
+#include <cuda.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../combine/kernel.cuh"
+#include "../launch.h"
+#include "../schedule/kernel.h"
+#include "kernel.cuh"
+
+namespace flashmla {
+namespace {
+
+using decode::Arguments;
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+const char* message(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// The driver's encoder, without linking against libcuda. nullptr if the driver lacks it.
+EncodeTiled find_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<EncodeTiled>(function);
+}
+
+EncodeTiled encoder() {
+  static const EncodeTiled function = find_encoder();
+  return function;
+}
+
+// The pool as {64 columns, 64 tokens, 9 * h_kv tiles, pages}: one box is `tiles` swizzled tiles.
+bool encode_pool(CUtensorMap& map, const DecodeParams& p, int tiles) {
+  const cuuint64_t token_bytes = static_cast<cuuint64_t>(p.h_kv) * kHeadDimQk * 2;
+  const cuuint64_t sizes[] = {64, kPageSize, static_cast<cuuint64_t>(p.h_kv) * decode::kQkTiles,
+                              static_cast<cuuint64_t>(p.num_pages)};
+  const cuuint64_t strides[] = {token_bytes, sm90::kTileRowBytes, token_bytes * kPageSize};
+  const cuuint32_t box[] = {64, kPageSize, static_cast<cuuint32_t>(tiles), 1};
+  const cuuint32_t element_strides[] = {1, 1, 1, 1};
+  const auto type = p.element_type == ElementType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return encoder()(&map, type, 4, const_cast<void*>(p.kv_cache), sizes, strides, box,
+                   element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+Arguments make_arguments(const DecodeParams& params) {
+  Arguments a = {};
+  a.params = params;
+  a.heads_per_kv = params.h_q / params.h_kv;
+  a.rows = params.s_q * a.heads_per_kv;
+  a.row_tiles = schedule::ceil_div(a.rows, decode::kRowTile);
+  const long long table_keys = static_cast<long long>(params.max_pages_per_seq) * kPageSize;
+  a.max_length = static_cast<int>(std::min<long long>(table_keys, schedule::kMaxInt - kPageSize));
+  if (params.num_pages == 0) a.max_length = 0;
+  a.scale_log2 = params.softmax_scale * static_cast<float>(M_LOG2E);
+  return a;
+}
+
+template <class T, bool kSerial>
+const char* prepare_kernel() {
+  return message(cudaFuncSetAttribute(decode::decode_kernel<T, kSerial>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      sizeof(decode::Storage)));
+}
+
+template <class T>
+const char* prepare_type() {
+  if (const char* error = prepare_kernel<T, false>()) return error;
+  if (const char* error = prepare_kernel<T, true>()) return error;
+  cudaFuncAttributes attributes;
+  return message(cudaFuncGetAttributes(&attributes, combine::combine_kernel<T>));
+}
+
+cudaLaunchConfig_t launch_config(long long blocks, int threads, size_t shared_bytes,
+                                 cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return config;
+}
+
+template <class T>
+const char* launch_type(const Arguments& a, cudaStream_t stream) {
+  const DecodeParams& p = a.params;
+  const long long tiles = static_cast<long long>(p.h_kv) * a.row_tiles;
+  const cudaLaunchConfig_t main =
+      launch_config(tiles * p.num_sm_parts, decode::kThreads, sizeof(decode::Storage), stream);
+  const auto kernel = p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>;
+  if (const char* error = message(cudaLaunchKernelEx(&main, kernel, a))) return error;
+  if (p.num_sm_parts == 1) return nullptr;  // nothing can be split
+  const long long blocks = combine::blocks_per_part(static_cast<long long>(p.h_kv) * a.rows);
+  cudaLaunchConfig_t merge = launch_config(blocks * p.num_sm_parts, combine::kThreads, 0, stream);
+  cudaLaunchAttribute early_start = {};
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  merge.attrs = &early_start;
+  merge.numAttrs = 1;
+  return message(
+      cudaLaunchKernelEx(&merge, combine::combine_kernel<T>, a, static_cast<int>(blocks)));
+}
+
+}  // namespace
+
+const char* prepare_device() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  if (const char* error = message(cudaGetDevice(&device))) return error;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) return "the device is not sm_90 (Hopper): no kernel for it";
+  if (encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled";
+  if (const char* error = schedule::prepare()) return error;
+  if (const char* error = prepare_type<__nv_bfloat16>()) return error;
+  return prepare_type<__half>();
+}
+
+const char* launch_decode(const DecodeParams& params, cudaStream_t stream) {
+  Arguments a = make_arguments(params);
+  const long long blocks = static_cast<long long>(params.h_kv) * a.row_tiles * params.num_sm_parts;
+  if (blocks > schedule::kMaxInt) return "too many query rows times SM parts for one grid";
+  if (encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled";
+  if (params.num_pages > 0 && !(encode_pool(a.half_map, params, decode::kHalfTiles) &&
+                                encode_pool(a.rope_map, params, 1))) {
+    return "kv_cache cannot be described to the TMA unit (16-byte aligned address?)";
+  }
+  return params.element_type == ElementType::kBfloat16 ? launch_type<__nv_bfloat16>(a, stream)
+                                                       : launch_type<__half>(a, stream);
+}
+
+}  // namespace flashmla

@@ -1,0 +1,126 @@
+// The producer warpgroup: warp 0 streams pages by TMA, warps 1-3 copy query tiles.
+#pragma once
+
+#include "../sm90/copy.cuh"
+#include "arguments.h"
+#include "storage.h"
+
+namespace flashmla::decode {
+
+// Counts what passed through a ring of kSlots: the slot to use, and the parity of its phase.
+template <int kSlots>
+struct RingPosition {
+  uint32_t count = 0;
+  __device__ __forceinline__ uint32_t slot() const { return count % kSlots; }
+  __device__ __forceinline__ uint32_t parity() const { return count / kSlots % 2; }
+};
+using PagePosition = RingPosition<kPageSlots>;
+
+// Page ids 32 at a time, one per lane: the latency of a table read is paid once per 32 pages.
+class PageIds {
+ public:
+  __device__ PageIds(const int* table_row, const WorkItem& item)
+      : table_row_(table_row), begin_(item.begin_page), end_(item.end_page) {}
+
+  // Called by the whole warp for begin_page, begin_page + 1, …
+  __device__ __forceinline__ int get(int page) {
+    const int index = (page - begin_) % 32;
+    if (index == 0) {
+      const int mine = page + static_cast<int>(threadIdx.x % 32);
+      held_ = mine < end_ ? table_row_[mine] : 0;
+    }
+    return __shfl_sync(~0u, held_, index);
+  }
+
+ private:
+  const int* table_row_;
+  int begin_;
+  int end_;
+  int held_ = 0;
+};
+
+// One page in three requests, in the order in which the scores use them. An id outside the pool
+// gives zeros.
+__device__ __forceinline__ void request_page(Storage& storage, const Arguments& a,
+                                             PagePosition position, int kv_head, int page_id) {
+  const uint32_t slot = position.slot();
+#pragma unroll
+  for (int part = 0; part < kPageParts; ++part) {
+    sm90::Barrier& full = storage.barriers.page_full[slot][part];
+    const int tile = part_tiles(part).begin;
+    sm90::barrier_wait(storage.barriers.page_empty[slot][part], position.parity() ^ 1);
+    sm90::barrier_arrive_expect(full, part_bytes(part));
+    sm90::tma_load_4d(sm90::shared_address(storage.pages[slot][tile]),
+                      part == kRope ? a.rope_map : a.half_map, full, 0, 0,
+                      kv_head * kQkTiles + tile, page_id);
+  }
+}
+
+__device__ __forceinline__ void stream_pages(Storage& storage, const Arguments& a,
+                                             const BlockPlace& place) {
+  const bool elected = threadIdx.x % 32 == 0;
+  const PartRange part = read_part(a, place.part);
+  PagePosition position;
+  for (int request = part.begin_request; in_part(part, a.params.batch, request); ++request) {
+    const WorkItem item = read_item(a, part, request);
+    PageIds ids(a.params.block_table + static_cast<long long>(request) * a.params.max_pages_per_seq,
+                item);
+    for (int page = item.begin_page; page < item.end_page; ++page, ++position.count) {
+      const int page_id = ids.get(page);
+      sm90::random_delay(a.params.delay_seed);
+      if (elected) request_page(storage, a, position, place.kv_head, page_id);
+      __syncwarp();
+    }
+  }
+}
+
+// 64 rows of 16-byte chunks into swizzled tiles; rows beyond the last are zero.
+template <int kColumns>
+__device__ __forceinline__ void copy_query_columns(uint8_t (*tiles)[sm90::kTileBytes],
+                                                   const uint16_t* source, int stride,
+                                                   const Arguments& a, const BlockPlace& place,
+                                                   int request, int loader) {
+  constexpr int kChunks = kColumns / 8;  // 16-byte chunks of a row
+  constexpr int kLanesPerRow = kChunks < 32 ? kChunks : 32;
+  constexpr int kRowsPerPass = 32 / kLanesPerRow;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int base = loader * kRowsPerPass; base < kRowTile;
+       base += kQueryLoaderWarps * kRowsPerPass) {
+    const int tile_row = base + lane / kLanesPerRow;
+    if (tile_row >= kRowTile) break;
+    const int row = place.first_row + tile_row;
+    const bool valid = row < a.rows;
+    const long long vector = query_vector(a, request, place.kv_head, valid ? row : 0);
+    const uint16_t* const row_source = source + vector * stride;
+#pragma unroll
+    for (int chunk = lane % kLanesPerRow; chunk < kChunks; chunk += kLanesPerRow) {
+      sm90::copy_chunk_async(
+          sm90::shared_address(tiles[chunk / 8]) + sm90::swizzled_chunk(tile_row, chunk % 8),
+          row_source + chunk * 8, valid);
+    }
+  }
+}
+
+__device__ __forceinline__ void load_queries(Storage& storage, const Arguments& a,
+                                             const BlockPlace& place, int loader) {
+  const PartRange part = read_part(a, place.part);
+  uint32_t parity = 0;
+  for (int request = part.begin_request; in_part(part, a.params.batch, request); ++request) {
+    const WorkItem item = read_item(a, part, request);
+    if (item.begin_page == item.end_page) continue;
+    sm90::barrier_wait(storage.barriers.query_empty, parity ^ 1);
+    sm90::random_delay(a.params.delay_seed);
+    copy_query_columns<kKvLoraRank>(storage.query, static_cast<const uint16_t*>(a.params.q_latent),
+                                    a.params.q_latent_stride, a, place, request, loader);
+    copy_query_columns<kRopeDim>(storage.query + kQkTiles - 1,
+                                 static_cast<const uint16_t*>(a.params.q_rope),
+                                 a.params.q_rope_stride, a, place, request, loader);
+    sm90::copy_chunks_wait();
+    sm90::async_proxy_fence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) sm90::barrier_arrive(storage.barriers.query_full);
+    parity ^= 1;
+  }
+}
+
+}  // namespace flashmla::decode

@@ -1,0 +1,239 @@
+// The two math roles. Numbers in brackets are the steps of the schedule in README.md.
+#pragma once
+
+#include "../sm90/copy.cuh"
+#include "epilogue.cuh"
+#include "gemm.cuh"
+#include "load.cuh"
+
+namespace flashmla::decode {
+
+template <class T, bool kSerial, Half kHalf>
+class Math {
+ public:
+  __device__ Math(Storage& storage, const Arguments& a, const BlockPlace& place)
+      : storage_(storage),
+        barriers_(storage.barriers),
+        a_(a),
+        place_(place),
+        query_(sm90::k_major_descriptor(sm90::shared_address(storage.query))) {}
+
+  __device__ __forceinline__ void run() {
+    const PartRange part = read_part(a_, place_.part);
+    for (int request = part.begin_request; in_part(part, a_.params.batch, request); ++request) {
+      const WorkItem item = read_item(a_, part, request);
+      const Destination destination = find_destination(a_, part, request);
+      begin_item(item);
+      if (item.begin_page < item.end_page) {
+        sm90::barrier_wait(barriers_.query_full, item_parity_);
+        for (int page = item.begin_page; page < item.end_page; page += 2) {
+          kHalf == kLeftHalf ? left_pair(item, page) : right_pair(item, page);
+          position_.count += page + 1 < item.end_page ? 2 : 1;
+        }
+      }
+      end_item(item, destination);
+    }
+  }
+
+ private:
+  // Steps of the left half for pages `page` (even, its own) and `page + 1` (odd), if there is one.
+  __device__ __forceinline__ void left_pair(const WorkItem& item, int page) {
+    const PagePosition even = position_;
+    const PagePosition odd = {position_.count + 1};
+    const bool has_odd = page + 1 < item.end_page;
+    compute_scores(even);  // [1]
+    if (page + 2 >= item.end_page) release(barriers_.query_empty);
+    weigh(item, page, even);  // [3]
+    issue_own_values(even);   // [4]
+    finish_values();
+    release(barriers_.page_empty[even.slot()][kLeft]);
+    if (!has_odd) return;
+    issue_other_values(odd);  // [7]
+    finish_values();
+    release(barriers_.page_empty[odd.slot()][kLeft]);
+    release(barriers_.page_empty[odd.slot()][kRope]);
+  }
+
+  // Steps of the right half for the same pages; its own is the odd one.
+  __device__ __forceinline__ void right_pair(const WorkItem& item, int page) {
+    const PagePosition even = position_;
+    const PagePosition odd = {position_.count + 1};
+    const bool has_odd = page + 1 < item.end_page;
+    if (has_odd) compute_scores(odd);  // [2]
+    if (page + 2 >= item.end_page) release(barriers_.query_empty);
+    issue_other_values(even);                 // [5]
+    if (has_odd) weigh(item, page + 1, odd);  // [6]
+    finish_values();
+    release(barriers_.page_empty[even.slot()][kRight]);
+    release(barriers_.page_empty[even.slot()][kRope]);
+    if (!has_odd) return;
+    issue_own_values(odd);  // [8]
+    finish_values();
+    release(barriers_.page_empty[odd.slot()][kRight]);
+  }
+
+  __device__ __forceinline__ void begin_item(const WorkItem& item) {
+    softmax_ = Softmax();
+#pragma unroll
+    for (float& value : out_) value = 0.f;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int query = (place_.first_row + fragment_row(which)) / a_.heads_per_kv;
+      limit_[which] = visible_keys(item.length, query, a_.params.s_q, a_.params.causal);
+    }
+    sm90::random_delay(a_.params.delay_seed);
+  }
+
+  // S = Q Kᵀ of a page, as its parts arrive.
+  __device__ __forceinline__ void compute_scores(PagePosition position) {
+    const uint32_t slot = position.slot();
+    uint64_t query = query_;
+    uint64_t page = sm90::k_major_descriptor(sm90::shared_address(storage_.pages[slot]));
+    sm90::hide_descriptor(query);
+    sm90::hide_descriptor(page);
+    sm90::pin_registers(scores_);
+#pragma unroll
+    for (int part = 0; part < kPageParts; ++part) {
+      sm90::barrier_wait(barriers_.page_full[slot][part], position.parity());
+      sm90::wgmma_fence();
+      add_scores<T, kSerial>(scores_, query, page, part_tiles(part));
+    }
+    sm90::wgmma_commit();
+    sm90::wgmma_wait<0>();
+    sm90::pin_registers(scores_);
+  }
+
+  // Scores of this half's page to weights; tells the other half. Sets factor_ for the values.
+  __device__ __forceinline__ void weigh(const WorkItem& item, int page, PagePosition position) {
+    const int first_key = page * kPageSize;
+    const int least_limit = visible_keys(item.length, 0, a_.params.s_q, a_.params.causal);
+    sm90::random_delay(a_.params.delay_seed);
+    if (first_key + kPageSize > least_limit) mask_scores(scores_, first_key, limit_);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const float next = softmax_.grown(which, scores_, a_.scale_log2);
+      factor_[which] = softmax_.follow(which, next);
+      if (speaks_for_rows()) storage_.row_max[kHalf][fragment_row(which)] = next;
+    }
+    softmax_.template weigh<T>(scores_, a_.scale_log2, weights_);
+    if (first_key + kPageSize > item.length) {
+      zero_values(position.slot(), item.length - first_key);
+      sm90::async_proxy_fence();
+    }
+    sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);  // all have read the rope tile
+    store_weights(position.slot());
+    sm90::async_proxy_fence();
+    __syncwarp();
+    if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[kHalf]);
+  }
+
+  // The page's keys from `first` on are not the request's: 0 weight times NaN would be NaN.
+  __device__ __forceinline__ void zero_values(uint32_t slot, int first) {
+    constexpr int kChunksPerRow = 2 * kHalfTiles * 8;
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    for (int i = thread; i < (kPageSize - first) * kChunksPerRow; i += kWarpgroup) {
+      const int row = first + i / kChunksPerRow;
+      uint8_t* const tile = storage_.pages[slot][i % kChunksPerRow / 8];
+      *reinterpret_cast<uint4*>(tile + sm90::swizzled_chunk(row, i % 8)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  __device__ __forceinline__ void store_weights(uint32_t slot) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint32_t row = threadIdx.x / 32 % kWarpsPerWarpgroup * 16 + lane % 16;
+    const uint32_t tile = sm90::shared_address(storage_.pages[slot][part_tiles(kRope).begin]);
+#pragma unroll
+    for (uint32_t step = 0; step < 4; ++step) {
+      sm90::store_matrix_x4(tile + sm90::swizzled_chunk(row, step * 2 + lane / 16), weights_[step]);
+    }
+  }
+
+  // O *= factor; O += P V of this half's page, P from registers.
+  __device__ __forceinline__ void issue_own_values(PagePosition position) {
+    rescale(out_, factor_);
+    sm90::pin_registers(out_);
+    sm90::wgmma_fence();
+    add_values<T, kSerial>(out_, weights_, values_of(position));
+    sm90::wgmma_commit();
+  }
+
+  // The same for the other half's page, P from shared memory.
+  __device__ __forceinline__ void issue_other_values(PagePosition position) {
+    constexpr int kOther = 1 - kHalf;
+    sm90::barrier_wait(barriers_.weights_ready[kOther], other_parity_);
+    other_parity_ ^= 1;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      float next = 0.f;
+      if (speaks_for_rows()) next = storage_.row_max[kOther][fragment_row(which)];
+      factor_[which] = softmax_.follow(which, __shfl_sync(~0u, next, 0, 4));
+    }
+    rescale(out_, factor_);
+    uint64_t weights = sm90::k_major_descriptor(
+        sm90::shared_address(storage_.pages[position.slot()][part_tiles(kRope).begin]));
+    sm90::hide_descriptor(weights);
+    sm90::pin_registers(out_);
+    sm90::wgmma_fence();
+    add_values<T, kSerial>(out_, weights, values_of(position));
+    sm90::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void finish_values() {
+    sm90::wgmma_wait<0>();
+    sm90::pin_registers(out_);
+  }
+
+  // This half of V: a page's latent columns, read as the transposed operand.
+  __device__ __forceinline__ uint64_t values_of(PagePosition position) const {
+    uint64_t values = sm90::mn_major_descriptor(
+        sm90::shared_address(storage_.pages[position.slot()][part_tiles(kHalf).begin]));
+    sm90::hide_descriptor(values);
+    return values;
+  }
+
+  __device__ __forceinline__ void end_item(const WorkItem& item, const Destination& destination) {
+    float total[2] = {0.f, 0.f};
+    if (item.begin_page < item.end_page) {  // [9]
+      softmax_.reduce_sums();
+      float (*const sums)[kRowTile] = storage_.row_sum[item_parity_];
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        if (speaks_for_rows()) sums[kHalf][fragment_row(which)] = softmax_.row_sum[which];
+      }
+      sm90::named_barrier_sync(kSumsReady, 2 * kWarpgroup);
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        total[which] = softmax_.row_sum[which] + sums[1 - kHalf][fragment_row(which)];
+      }
+      item_parity_ ^= 1;
+    }
+    store_item<T>(a_, place_, item.request, destination, kHalf, out_,
+                  finish_rows(softmax_.row_max, total));
+  }
+
+  // Of the four lanes that hold a row, the one that exchanges its maximum and sum, and arrives.
+  __device__ static __forceinline__ bool speaks_for_rows() { return threadIdx.x % 4 == 0; }
+
+  // Each warp arrives once all its lanes are done.
+  __device__ __forceinline__ void release(sm90::Barrier& barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) sm90::barrier_arrive(barrier);
+  }
+
+  Storage& storage_;
+  Barriers& barriers_;
+  const Arguments& a_;
+  const BlockPlace place_;
+  const uint64_t query_;
+  PagePosition position_;
+  uint32_t item_parity_ = 0;   // of query_full and row_sum: once per item with pages
+  uint32_t other_parity_ = 0;  // of the other half's weights_ready
+  Softmax softmax_;
+  int limit_[2];
+  float factor_[2];
+  float scores_[32];
+  float out_[128];
+  Weights weights_;
+};
+
+}  // namespace flashmla::decode

@@ -1,0 +1,45 @@
+// Shared memory of one block, and its barriers (table with arrivals and meaning: README.md).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "config.h"
+
+namespace flashmla::decode {
+
+struct Barriers {
+  uint64_t page_full[kPageSlots][kPageParts];   // producer's TMA -> both halves
+  uint64_t page_empty[kPageSlots][kPageParts];  // last reader of the part -> producer
+  uint64_t query_full;                          // query loaders -> both halves
+  uint64_t query_empty;                         // both halves -> query loaders
+  uint64_t weights_ready[2];                    // owner of an even / odd page -> the other half
+};
+
+// Arrivals that complete one phase of each barrier.
+inline constexpr int kPageFullArrivals = 1;  // plus the TMA bytes
+inline constexpr int kPageEmptyArrivals = kWarpsPerWarpgroup;
+inline constexpr int kQueryFullArrivals = kQueryLoaderWarps;
+inline constexpr int kQueryEmptyArrivals = 2 * kWarpsPerWarpgroup;
+inline constexpr int kWeightsReadyArrivals = kWarpsPerWarpgroup * 8;  // a lane per pair of rows
+
+// Named barriers between math warps; 0 is __syncthreads.
+enum NamedBarrier : uint32_t {
+  kOwnWarps = 1,   // + Half: a half's four warps, when all have their scores
+  kSumsReady = 3,  // both halves, at the end of an item
+};
+
+struct Storage {
+  alignas(1024) uint8_t query[kQkTiles][sm90::kTileBytes];              // [9][64 rows][64 columns]
+  alignas(1024) uint8_t pages[kPageSlots][kQkTiles][sm90::kTileBytes];  // [2][9][64 tokens][64]
+  // The weights P of a page replace its rope tile once its scores are known.
+  float row_max[2][kRowTile];     // running maximum after the even / odd page, in log2 units
+  float row_sum[2][2][kRowTile];  // by item parity, then half: sums of weights at an item's end
+  Barriers barriers;
+};
+
+inline constexpr size_t kSharedLimit = 232448;
+static_assert(sizeof(Storage) <= kSharedLimit);
+static_assert(offsetof(Storage, query) % 1024 == 0 && offsetof(Storage, pages) % 1024 == 0);
+
+}  // namespace flashmla::decode

@@ -1,0 +1,51 @@
+// What a launch needs: plain pointers and sizes, no XLA type.
+#pragma once
+
+namespace flashmla {
+
+inline constexpr int kPageSize = 64;     // tokens per page
+inline constexpr int kKvLoraRank = 512;  // latent columns of a query or key; also head_dim_v
+inline constexpr int kRopeDim = 64;      // rotary columns
+inline constexpr int kHeadDimQk = kKvLoraRank + kRopeDim;
+inline constexpr int kHeadDimV = kKvLoraRank;
+inline constexpr int kScheduleColumns = 8;  // TileSchedulerMetaDataSize
+
+enum class ElementType { kBfloat16, kFloat16 };
+
+struct ScheduleParams {
+  const int* cache_seqlens;      // [batch]
+  int* tile_scheduler_metadata;  // [num_sm_parts, kScheduleColumns]
+  int* num_splits;               // [batch + 1]
+  int batch;
+  int num_sm_parts;
+};
+
+struct DecodeParams {
+  ElementType element_type;
+  const void* q_latent;      // [batch, s_q, h_q, 512], rows q_latent_stride elements apart
+  const void* q_rope;        // [batch, s_q, h_q, 64], rows q_rope_stride elements apart
+  const void* kv_cache;      // [num_pages, 64, h_kv, 576]
+  const int* block_table;    // [batch, max_pages_per_seq]
+  const int* cache_seqlens;  // [batch]
+  const int* tile_scheduler_metadata;  // [num_sm_parts, kScheduleColumns]
+  const int* num_splits;               // [batch + 1]
+  void* out;                           // [batch, s_q, h_q, 512]
+  float* lse;                          // [batch, s_q, h_q]
+  float* partial_out;                  // [2 * num_sm_parts, h_kv, rows, 512]
+  float* partial_lse;                  // [2 * num_sm_parts, h_kv, rows]
+  int q_latent_stride;
+  int q_rope_stride;
+  int batch;
+  int s_q;
+  int h_q;
+  int h_kv;
+  int num_pages;
+  int max_pages_per_seq;
+  int num_sm_parts;
+  float softmax_scale;
+  bool causal;
+  bool serial = false;      // wait after every WGMMA: the golden kernel of the tests
+  unsigned delay_seed = 0;  // debug builds: random delays in every role
+};
+
+}  // namespace flashmla

@@ -1,0 +1,45 @@
+// Copies into shared memory: TMA boxes, 16-byte asynchronous copies, matrix stores.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "barrier.cuh"
+
+namespace flashmla::sm90 {
+
+// One box of a rank-4 tensor map; `barrier` counts its bytes. Coordinates outside give zeros.
+__device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap& map,
+                                            Barrier& barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// 16 bytes from global memory, or zeros where `valid` is false (the source is then not read).
+__device__ __forceinline__ void copy_chunk_async(uint32_t destination, const void* source,
+                                                 bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_chunks_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
+}  // namespace flashmla::sm90
