@@ -1,6 +1,6 @@
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -35,17 +35,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items.remove(item)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> pytest.TestReport:
-    """Adds each outcome to the results file at once, so that a hang loses only its own test."""
-    report = yield
-    path = item.config.getoption("--gpu-results", default=None)
-    if path and (report.when == "call" or report.outcome != "passed"):
-        line = {"test": report.nodeid, "when": report.when, "outcome": report.outcome}
-        if report.failed:
-            line["error"] = report.longreprtext[-1500:]
+def tell(config: pytest.Config, **line: str) -> None:
+    """Adds a line to the results file at once, so that a hang loses only its own test."""
+    if path := config.getoption("--gpu-results", default=None):
         with Path(path).open("a") as results:
             results.write(json.dumps(line) + "\n")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    tell(item.config, begins=item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        error = report.longreprtext[-1500:] if report.failed else ""
+        tell(item.config, test=report.nodeid, outcome=report.outcome, error=error)
     return report
 
 
