@@ -36,6 +36,8 @@ class Math {
   }
 
  private:
+  static constexpr int kOther = 1 - kHalf;
+
   // Steps of the left half for pages `page` (even, its own) and `page + 1` (odd), if there is one.
   __device__ __forceinline__ void left_pair(const WorkItem& item, int page) {
     const PagePosition even = position_;
@@ -159,14 +161,11 @@ class Math {
 
   // The same for the other half's page, P from shared memory.
   __device__ __forceinline__ void issue_other_values(PagePosition position) {
-    constexpr int kOther = 1 - kHalf;
     sm90::barrier_wait(barriers_.weights_ready[kOther], other_parity_);
     other_parity_ ^= 1;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      float next = 0.f;
-      if (speaks_for_rows()) next = storage_.row_max[kOther][fragment_row(which)];
-      factor_[which] = softmax_.follow(which, __shfl_sync(~0u, next, 0, 4));
+      factor_[which] = softmax_.follow(which, heard(storage_.row_max[kOther], which));
     }
     rescale(out_, factor_);
     uint64_t weights = sm90::k_major_descriptor(
@@ -196,14 +195,17 @@ class Math {
     if (item.begin_page < item.end_page) {  // [9]
       softmax_.reduce_sums();
       float (*const sums)[kRowTile] = storage_.row_sum[item_parity_];
+      if (speaks_for_rows()) {
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        if (speaks_for_rows()) sums[kHalf][fragment_row(which)] = softmax_.row_sum[which];
+        for (int which = 0; which < 2; ++which) {
+          sums[kHalf][fragment_row(which)] = softmax_.row_sum[which];
+        }
+        sm90::barrier_arrive(barriers_.sums_ready);
       }
-      sm90::named_barrier_sync(kSumsReady, 2 * kWarpgroup);
+      sm90::barrier_wait(barriers_.sums_ready, item_parity_);
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        total[which] = softmax_.row_sum[which] + sums[1 - kHalf][fragment_row(which)];
+        total[which] = softmax_.row_sum[which] + heard(sums[kOther], which);
       }
       item_parity_ ^= 1;
     }
@@ -213,6 +215,12 @@ class Math {
 
   // Of the four lanes that hold a row, the one that exchanges its maximum and sum, and arrives.
   __device__ static __forceinline__ bool speaks_for_rows() { return threadIdx.x % 4 == 0; }
+
+  // The other half's value for this thread's row, through the lane that speaks for it.
+  __device__ static __forceinline__ float heard(const float (&values)[kRowTile], int which) {
+    const float value = speaks_for_rows() ? values[fragment_row(which)] : 0.f;
+    return __shfl_sync(~0u, value, 0, 4);
+  }
 
   // Each warp arrives once all its lanes are done.
   __device__ __forceinline__ void release(sm90::Barrier& barrier) {

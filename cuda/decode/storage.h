@@ -14,6 +14,7 @@ struct Barriers {
   uint64_t query_full;                          // query loaders -> both halves
   uint64_t query_empty;                         // both halves -> query loaders
   uint64_t weights_ready[2];                    // owner of an even / odd page -> the other half
+  uint64_t sums_ready;                          // both halves -> both halves, once per item
 };
 
 // Arrivals that complete one phase of each barrier.
@@ -22,11 +23,11 @@ inline constexpr int kPageEmptyArrivals = kWarpsPerWarpgroup;
 inline constexpr int kQueryFullArrivals = kQueryLoaderWarps;
 inline constexpr int kQueryEmptyArrivals = 2 * kWarpsPerWarpgroup;
 inline constexpr int kWeightsReadyArrivals = kWarpsPerWarpgroup * 8;  // a lane per pair of rows
+inline constexpr int kSumsReadyArrivals = 2 * kWeightsReadyArrivals;
 
 // Named barriers between math warps; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
-  kOwnWarps = 1,   // + Half: a half's four warps, when all have their scores
-  kSumsReady = 3,  // both halves, at the end of an item
+  kOwnWarps = 1,  // + Half: a half's four warps, when all have their scores
 };
 
 struct Storage {
