@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
-from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
-from jax_flashmla import _dispatch, _ffi, _shapes, reference
+from jax_flashmla import _dispatch, _ffi, _manual_axes, _shapes, reference
 from jax_flashmla import schedule as _schedule
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla.schedule import Schedule
@@ -65,7 +64,7 @@ def decode(
     if shape.is_trivial:
         return jnp.zeros(shape.out, dtype), jnp.full(shape.lse, -jnp.inf, jnp.float32)
     function = _decode_function(num_sm_parts, softmax_scale, causal, implementation)
-    out, lse = function(*_align([*arrays, *(given or ())]))
+    out, lse = function(*_manual_axes.align([*arrays, *(given or ())]))
     return out, lse
 
 
@@ -143,36 +142,6 @@ def _fold_batch(axis_size: int, in_batched: Sequence[bool], arrays: Arrays) -> A
     return (*folded[:2], arrays[2], *folded[3:])
 
 
-# Varying manual axes: shard_map's check wants to know over which mesh axes a value varies.
-
-
-def _varying(avals: Sequence[jax.core.ShapedArray]) -> frozenset:
-    return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
-
-
-def _align(operands: Sequence[jax.Array]) -> list[jax.Array]:
-    """Lets all operands vary over the same manual axes, as a custom call demands."""
-    avals = [jax.typeof(x) for x in operands]
-    varying = _varying(avals)
-    missing = [tuple(varying - aval.manual_axis_type.varying) for aval in avals]
-    return [
-        jax.lax.pcast(x, axes, to="varying") if axes else x
-        for x, axes in zip(operands, missing, strict=True)
-    ]
-
-
-def _like(
-    avals: Sequence[jax.core.ShapedArray], shape: tuple[int, ...], dtype: jnp.dtype
-) -> jax.core.ShapedArray:
-    """Describes a result that varies over the manual axes of the operands."""
-    varying = _varying(avals)
-    if not varying:
-        return jax.core.ShapedArray(shape, jnp.dtype(dtype))
-    sharding = NamedSharding(avals[0].sharding.mesh, PartitionSpec())
-    axes = ManualAxisType(varying=varying)
-    return jax.core.ShapedArray(shape, jnp.dtype(dtype), sharding=sharding, manual_axis_type=axes)
-
-
 # Abstract evaluation.
 
 _OPERANDS = (
@@ -192,8 +161,8 @@ def _schedule_results(
     batch = _shapes.check_seqlens(cache_seqlens)
     _shapes.check_not_sharded("cache_seqlens", cache_seqlens)
     rows = _shapes.check_count("num_sm_parts", num_sm_parts)
-    like = functools.partial(_like, [cache_seqlens], dtype=jnp.int32)
-    return [like((rows, _shapes.TileSchedulerMetaDataSize)), like((batch + 1,))]
+    shapes = (rows, _shapes.TileSchedulerMetaDataSize), (batch + 1,)
+    return [_manual_axes.result([cache_seqlens], shape, jnp.int32) for shape in shapes]
 
 
 def _decode_results(
@@ -206,7 +175,10 @@ def _decode_results(
     _shapes.check_schedule(metadata, num_splits, shape.batch, None)
     dtype = arrays[0].dtype
     _dispatch.check_request(implementation, dtype)
-    return [_like(operands, shape.out, dtype), _like(operands, shape.lse, jnp.float32)]
+    return [
+        _manual_axes.result(operands, shape.out, dtype),
+        _manual_axes.result(operands, shape.lse, jnp.float32),
+    ]
 
 
 # Lowerings.
@@ -246,8 +218,10 @@ def _kernel_decode(
     shape = _shapes.decode_shape(*operands[:5])
     slots = 2 * operands[5].shape[0]
     partial = [
-        _like(avals, (slots, shape.h_kv, shape.rows, _shapes.HEAD_DIM_V), jnp.float32),
-        _like(avals, (slots, shape.h_kv, shape.rows), jnp.float32),
+        _manual_axes.result(
+            avals, (slots, shape.h_kv, shape.rows, _shapes.HEAD_DIM_V), jnp.float32
+        ),
+        _manual_axes.result(avals, (slots, shape.h_kv, shape.rows), jnp.float32),
     ]
     call = jax.ffi.ffi_call(_ffi.DECODE_TARGET, [out, lse, *partial])
     return call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)[:2]

@@ -102,7 +102,8 @@ def _boundaries(
     parts = jnp.arange(num_sm_parts + 1, dtype=jnp.int32)
     last = (total - 1) // share  # the last cut before the end; no later one is multiplied out
     cut = jnp.minimum(parts, last) * share
-    idx = jnp.searchsorted(starts[1:], cut, side="right").astype(jnp.int32)
+    before = starts[None, 1:] <= cut[:, None]  # [num_sm_parts + 1, b], whole requests before a cut
+    idx = before.sum(axis=1, dtype=jnp.int32)
     page = jnp.maximum(0, cut - starts[idx] - REQUEST_COST)
     inside = parts <= last
     return jnp.where(inside, idx, batch), jnp.where(inside, page, 0)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_flashmla
+from jax_flashmla import _dispatch
 from jax_flashmla.testing import cases, inputs
 
 Arrays = tuple[jax.Array, ...]
@@ -195,9 +196,11 @@ def test_vmap_over_nothing(arrays: Arrays, plain: Arrays) -> None:
     assert [x.shape for x in got] == [(0, *x.shape) for x in plain]
 
 
-def host_mesh(axis_type: AxisType) -> jax.sharding.Mesh:
+def host_mesh(axis_type: AxisType, axes: dict[str, int] | None = None) -> jax.sharding.Mesh:
+    axes = axes or {"data": 4}
     devices = jax.local_devices(backend="cpu")[:4]
-    return jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=devices)
+    kinds = (axis_type,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
 
 
 def placed(arrays: Arrays, mesh: jax.sharding.Mesh) -> Arrays:
@@ -217,6 +220,24 @@ def test_shard_map(arrays: Arrays, plain: Arrays, axis_type: AxisType, check_vma
     mesh = host_mesh(axis_type)
     mapped = jax.shard_map(decode, mesh=mesh, in_specs=SPECS, out_specs=ROWS, check_vma=check_vma)
     assert_same(jax.jit(mapped)(*placed(arrays, mesh)), plain)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_shard_map_over_one_axis_of_two(
+    arrays: Arrays, plain: Arrays, axis_type: AxisType, check_vma: bool
+) -> None:
+    mesh = host_mesh(axis_type, {"data": 2, "model": 2})
+    specs = {"in_specs": SPECS, "out_specs": ROWS, "check_vma": check_vma}
+    mapped = jax.shard_map(decode, mesh=mesh, axis_names={"data"}, **specs)
+    assert_same(jax.jit(mapped)(*placed(arrays, mesh)), plain)
+
+
+def test_shard_map_of_replicated_arrays(arrays: Arrays, plain: Arrays) -> None:
+    mesh = host_mesh(AxisType.Auto)
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(decode, mesh=mesh, in_specs=(everywhere,) * 5, out_specs=everywhere)
+    assert_same(jax.jit(mapped)(*arrays), plain)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -250,7 +271,10 @@ def test_export_round_trip(arrays: Arrays, plain: Arrays) -> None:
     assert_same(jax.export.deserialize(exported.serialize()).call(*arrays), plain)
 
 
-def test_export_for_two_platforms(arrays: Arrays, plain: Arrays) -> None:
+def test_export_for_two_platforms(
+    arrays: Arrays, plain: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatch, "local_gpu", lambda: None)
     allowed = [
         jax.export.DisabledSafetyCheck.custom_call(f"jax_flashmla_{op}")
         for op in ("schedule", "decode")
