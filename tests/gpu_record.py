@@ -158,10 +158,11 @@ def run_all(groups: list[Group], options: argparse.Namespace, record: Record | N
 
 
 def _environment(jobs: int, cache: str) -> dict[str, str]:
-    """The GPU's memory is divided; the oracle's programs are compiled once for all groups."""
+    """The GPU's memory is divided; the oracle's programs are compiled once, without tuning."""
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     return {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / (jobs + 1):.2f}",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
         "JAX_COMPILATION_CACHE_DIR": cache,
     }
 

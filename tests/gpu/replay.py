@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import compute_on
 
 import jax_flashmla
 from jax_flashmla.testing import inputs
@@ -48,24 +49,22 @@ def layered(shape: Shape, implementation: str) -> Callable[[inputs.Inputs], tupl
 
 def streamed(shape: Shape, implementation: str) -> Callable[[inputs.Inputs], tuple[jax.Array, ...]]:
     """The same calls, spread over two streams of the device that run at once."""
-    from jax.experimental.compute_on import compute_on
+    # compute_on in its present form; JAX before 0.11 has it as compute_on2.
+    on = getattr(compute_on, "compute_on2", compute_on.compute_on)
 
-    def on_stream(stream: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        @compute_on(f"gpu_stream:{stream}")
-        @jax.jit
-        def decode(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jax_flashmla.mla_decode(
-                *arrays, softmax_scale=shape.softmax_scale, implementation=implementation
-            )
-
-        return decode
+    def decode(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax_flashmla.mla_decode(
+            *arrays, softmax_scale=shape.softmax_scale, implementation=implementation
+        )
 
     @jax.jit
     def step(data: inputs.Inputs) -> tuple[jax.Array, ...]:
         results = []
         for layer in range(LAYERS):
             turned = dataclasses.replace(data, q_latent=jnp.roll(data.q_latent, layer, axis=2))
-            results += on_stream(1 + layer % 2)(*turned.arrays())
+            stream = f"gpu_stream:{1 + layer % 2}"
+            call = on(decode, compute_type=stream, out_memory_spaces=jax.memory.Space.Device)
+            results += call(*turned.arrays())
         return tuple(results)
 
     return step
