@@ -13,7 +13,8 @@ import numpy as np
 from jax_flashmla.testing import truth
 from jax_flashmla.testing.cases import HEAD_DIM_V, PAGE_SIZE
 
-GROUP = 8  # requests that are streamed together
+GROUP = 8  # requests that are streamed together, where their rows are few
+LARGE_ROWS = 4096
 CHUNK_PAGES = 16
 CHUNK = CHUNK_PAGES * PAGE_SIZE
 TABLE_WIDTH = 2048
@@ -90,7 +91,11 @@ def _padded_rows(rows: int) -> int:
 
 
 def _block_size(rows: int) -> int:
-    return min(max(BLOCK_ROWS // rows, GROUP), 128)
+    return min(max(BLOCK_ROWS // rows, _group_size(rows)), 128)
+
+
+def _group_size(rows: int) -> int:
+    return 1 if rows >= LARGE_ROWS else GROUP
 
 
 @jax.jit
@@ -102,7 +107,8 @@ def _stream(
     def of_group(group: tuple[jax.Array, jax.Array, jax.Array]) -> truth.Truth:
         return _attend_group(*group, kv_cache, scale)
 
-    groups = jax.tree.map(lambda x: x.reshape(-1, GROUP, *x.shape[1:]), (q, block_table, visible))
+    size = _group_size(q.shape[2])
+    groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (q, block_table, visible))
     done = jax.lax.map(of_group, groups)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
 
@@ -110,15 +116,15 @@ def _stream(
 def _attend_group(
     q: jax.Array, block_table: jax.Array, visible: jax.Array, kv_cache: jax.Array, scale: jax.Array
 ) -> truth.Truth:
-    """Truth of `GROUP` requests: online softmax in float64 over chunks of pages."""
+    """Truth of some requests: online softmax in float64 over chunks of pages."""
     dtype = q.dtype
-    q = q.astype(jnp.float64)  # [GROUP, h_kv, rows, 576]
+    q = q.astype(jnp.float64)  # [group, h_kv, rows, 576]
     lengths = visible.max(axis=1)
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, sums, magnitude, key_norm = carry
         token = i * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)[None]
-        keys = _gather(kv_cache, block_table, lengths, i, token)  # [GROUP, CHUNK, h_kv, 576]
+        keys = _gather(kv_cache, block_table, lengths, i, token)  # [group, CHUNK, h_kv, 576]
         logits = scale * jnp.einsum("ghrd,gthd->ghrt", q, keys)
         seen = (token[:, None] < visible[..., None])[:, None]
         magnitude = jnp.maximum(magnitude, jnp.where(seen, jnp.abs(logits), 0.0).max(-1))
@@ -161,10 +167,10 @@ def _attend_group(
 def _gather(
     kv_cache: jax.Array, table: jax.Array, lengths: jax.Array, chunk: jax.Array, token: jax.Array
 ) -> jax.Array:
-    """Keys of one chunk, float64 [GROUP, CHUNK, h_kv, 576]; zero beyond each length."""
+    """Keys of one chunk, float64 [group, CHUNK, h_kv, 576]; zero beyond each length."""
     pages = jax.lax.dynamic_slice_in_dim(table, chunk * CHUNK_PAGES, CHUNK_PAGES, axis=1)
     keys = kv_cache[jnp.clip(pages, 0, kv_cache.shape[0] - 1)]
-    keys = keys.reshape(GROUP, CHUNK, *kv_cache.shape[2:])
+    keys = keys.reshape(-1, CHUNK, *kv_cache.shape[2:])
     used = token < lengths[:, None]
     zero = jnp.zeros((), keys.dtype)
     return jnp.where(used[..., None, None], keys, zero).astype(jnp.float64)

@@ -1,4 +1,4 @@
-"""The correctness grid: 70 compiled shapes in named groups, and the cases swept over each.
+"""The correctness grid: 71 compiled shapes in named groups, and the cases swept over each.
 
 Every head count, query length, batch and length that real models and servers produce is in some
 shape; each shape meets every length pattern, logit distribution and page layout.
@@ -29,7 +29,8 @@ def _queries() -> tuple[Shape, ...]:
         Shape(6, s_q, h_q, pages=20, dtype=DTYPES[i % 3 == 2], causal=i % 2 == 0)
         for i, (s_q, h_q) in enumerate(pairs)
     ]
-    return (*shapes, Shape(2, 128, 16, pages=8))
+    # Query blocks that a server sends down the decode path; the last has more row tiles than SMs.
+    return (*shapes, Shape(2, 128, 16, pages=8), Shape(1, 128, 128, pages=4))
 
 
 def _kv_heads() -> tuple[Shape, ...]:
