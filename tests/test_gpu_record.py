@@ -16,6 +16,10 @@ import jax_flashmla
 
 SHA256 = "a" * 64
 REASON = "no GPU was to be had today"
+ON_CPU = {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(Path(jax_flashmla.__file__).parents[1]),
+}
 
 
 def row(name: str, **changes: object) -> dict[str, object]:
@@ -149,9 +153,7 @@ def test_group_counts_tests_and_names_the_one_that_ends_the_process(tests_of_gpu
         "def test_dies(): os._exit(70)\n"
         "def test_after(): pass\n"
     )
-    installed = str(Path(jax_flashmla.__file__).parents[1])
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": installed}
-    count = run_group(Group("some", 120, tests=(str(file),)), {}, environment, rehearse=True)
+    count = run_group(Group("some", 120, tests=(str(file),)), {}, ON_CPU, rehearse=True)
     assert (count.passed, count.failed, count.skipped) == (3, 2, 1)
     assert "an error" in count.failures[0]
     assert "pytest ended with 70" in count.failures[1]
@@ -164,3 +166,11 @@ def test_command_notes_a_reason_and_keeps_the_rest(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "tests" / "gpu_record.py"), "--record", str(path)]
     subprocess.run([*words, "--pending", REASON], check=True)
     assert gpu_record.load(path) == record(pending=REASON)
+
+
+def test_gpu_tests_run_small_on_a_cpu() -> None:
+    """A change of the API shows before any GPU time is spent."""
+    files = ("tests/gpu/test_gpu_transforms.py", "tests/gpu/test_gpu_api.py")
+    count = run_group(Group("rehearsal", 300, tests=files), {}, ON_CPU, rehearse=True)
+    assert count.failures == []
+    assert count.passed > 10
