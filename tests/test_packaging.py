@@ -9,6 +9,8 @@ import sys
 from importlib import metadata, resources
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jax_flashmla
@@ -70,6 +72,18 @@ def test_registrations_hold_both_targets_and_stages() -> None:
     stages = {target: set(handlers) for target, handlers in _cuda.registrations().items()}
     both = {"initialize", "execute"}
     assert stages == {_ffi.SCHEDULE_TARGET: both, _ffi.DECODE_TARGET: both}
+
+
+@needs_kernels
+def test_handlers_only_return_errors_where_there_is_no_gpu() -> None:
+    from jax_flashmla import _cuda
+
+    handlers = _cuda.registrations()[_ffi.SCHEDULE_TARGET]
+    jax.ffi.register_ffi_target("schedule_on_the_wrong_platform", handlers, platform="cpu")
+    results = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 8), (3,))]
+    call = jax.ffi.ffi_call("schedule_on_the_wrong_platform", results)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="driver|stream"):
+        jax.block_until_ready(call(jnp.zeros(2, jnp.int32)))
 
 
 def ptxas_complaints(report: str) -> list[str]:

@@ -1,11 +1,12 @@
 #include "arguments.h"
 
+#include <array>
+#include <concepts>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <span>
 #include <string>
-#include <vector>
 
 namespace flashmla {
 namespace {
@@ -15,12 +16,24 @@ constexpr int64_t kMaxSize = std::numeric_limits<int>::max();  // launch paramet
 constexpr ffi::DataType kInt32 = ffi::DataType::S32;
 constexpr ffi::DataType kFloat32 = ffi::DataType::F32;
 
+// Up to four sizes. No heap: a handler runs for every layer that is not replayed from a graph.
+class Shape {
+ public:
+  constexpr Shape(std::integral auto... size)
+      : sizes_{static_cast<int64_t>(size)...}, rank_(sizeof...(size)) {}
+  constexpr operator std::span<const int64_t>() const { return {sizes_.data(), rank_}; }
+
+ private:
+  std::array<int64_t, 4> sizes_;
+  size_t rank_;
+};
+
 // A buffer and what it must be.
 struct Expectation {
   const char* name;  // as in the Python API
   ffi::AnyBuffer buffer;
   ffi::DataType dtype;
-  std::vector<int64_t> shape;
+  Shape shape;
 };
 
 std::string dtype_name(ffi::DataType dtype) {
@@ -58,14 +71,14 @@ ffi::Error mismatch(const std::string& name, const std::string& got, const std::
 
 ffi::Error check(const Expectation& expected) {
   const std::span<const int64_t> got = shape_of(expected.buffer);
-  bool legal =
-      expected.buffer.element_type() == expected.dtype && got.size() == expected.shape.size();
+  const std::span<const int64_t> shape = expected.shape;
+  bool legal = expected.buffer.element_type() == expected.dtype && got.size() == shape.size();
   for (size_t i = 0; legal && i < got.size(); ++i) {
-    legal = got[i] <= kMaxSize && (expected.shape[i] == kAnySize || expected.shape[i] == got[i]);
+    legal = got[i] <= kMaxSize && (shape[i] == kAnySize || shape[i] == got[i]);
   }
   if (legal) return ffi::Error::Success();
   return mismatch(expected.name, describe(expected.buffer.element_type(), got),
-                  describe(expected.dtype, expected.shape));
+                  describe(expected.dtype, shape));
 }
 
 ffi::Error check(std::initializer_list<Expectation> expectations) {
