@@ -10,7 +10,7 @@ cpp_sources := $(shell find cuda tests -name '*.h' -o -name '*.cc' -o -name '*.c
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test lint runner clean
+.PHONY: demo test gpu-test lint runner clean
 
 demo: $(VENV)/installed  ## decode batches of a serving trace; ARGS="--trace FILE" for your own
 	$(VENV)/bin/python -P -m jax_flashmla $(ARGS)
@@ -18,10 +18,14 @@ demo: $(VENV)/installed  ## decode batches of a serving trace; ARGS="--trace FIL
 test: $(VENV)/installed  ## the tests that need no GPU
 	$(VENV)/bin/pytest -m "not gpu" $(ARGS)
 
+gpu-test: $(VENV)/installed runner  ## all GPU checks; writes tests/gpu_record.json
+	$(VENV)/bin/python -m pip install -q "jax[cuda13]"
+	$(VENV)/bin/python tests/gpu_record.py $(ARGS)
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/clang-format --dry-run -Werror $(cpp_sources)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(cpp_sources)
 
 runner:  ## build/runner/flashmla_runner and, with bounded waits, build/runner-debug/flashmla_runner
 	cmake -S . -B build/runner -DJAX_FLASHMLA_CUDA=ON -DJAX_FLASHMLA_RUNNER=ON
