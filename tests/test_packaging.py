@@ -75,14 +75,14 @@ def test_registrations_hold_both_targets_and_stages() -> None:
 
 
 @needs_kernels
-def test_handlers_only_return_errors_where_there_is_no_gpu() -> None:
+def test_a_handler_called_on_the_wrong_platform_returns_an_error() -> None:
     from jax_flashmla import _cuda
 
     handlers = _cuda.registrations()[_ffi.SCHEDULE_TARGET]
     jax.ffi.register_ffi_target("schedule_on_the_wrong_platform", handlers, platform="cpu")
     results = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 8), (3,))]
     call = jax.ffi.ffi_call("schedule_on_the_wrong_platform", results)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="driver|stream"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="stream"):
         jax.block_until_ready(call(jnp.zeros(2, jnp.int32)))
 
 
