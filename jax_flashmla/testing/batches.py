@@ -7,7 +7,8 @@ import numpy as np
 
 from jax_flashmla.testing.cases import PAGE_SIZE, Case, Shape
 
-# What a table may hold beyond a request's length: nothing of it may be dereferenced.
+# What a table may hold beyond a request's length, besides the page after the last and real pages,
+# which are full of NaN or another request's: nothing of it may reach a result.
 GARBAGE_ENTRIES = (-1, 2147480000, -2147483648)
 EDGE_LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 1024, 4096, 8192, 32768, 131072)
 
@@ -119,7 +120,8 @@ def lay_out(lengths: Lengths, pages: np.ndarray, shape: Shape, rng: np.random.Ge
     position = np.full((shape.pool_pages, PAGE_SIZE), -1, np.int32)
     slots = pages[:, token // PAGE_SIZE] * PAGE_SIZE + token % PAGE_SIZE
     position.reshape(-1)[slots[attended]] = np.broadcast_to(token, slots.shape)[attended]
-    garbage = rng.choice([*GARBAGE_ENTRIES, shape.pool_pages], pages.shape)
+    real = rng.integers(shape.pool_pages, size=2)
+    garbage = rng.choice([*GARBAGE_ENTRIES, shape.pool_pages, *real], pages.shape)
     used = attended[:, ::PAGE_SIZE]
     table = np.where(used, pages, garbage).astype(np.int32)
     return Batch(lengths, table, position)
