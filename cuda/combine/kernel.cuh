@@ -16,6 +16,7 @@ namespace flashmla::combine {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kBatch = 8;    // splits of a unit that a warp reads at once
 inline constexpr int kVectors = 2;  // float4 per lane
 inline constexpr int kUnitColumns = kVectors * 32 * 4;
 inline constexpr int kUnitsPerRow = kHeadDimV / kUnitColumns;
@@ -23,6 +24,11 @@ inline constexpr int kUnitsPerRow = kHeadDimV / kUnitColumns;
 // Blocks per part: enough for a share that is a whole request's rows, one unit per warp.
 inline long long blocks_per_part(long long rows) {
   return (rows * kUnitsPerRow + kWarps - 1) / kWarps;
+}
+
+// Warps that share a unit.
+__device__ __forceinline__ int team_size(int splits) {
+  return splits > 4 * kBatch ? 8 : splits > 2 * kBatch ? 4 : splits > kBatch ? 2 : 1;
 }
 
 struct Share {
@@ -62,11 +68,21 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// A unit's columns in one lane: vector v is columns 128 v + 4 lane and the next three.
+// The weighted sum of some splits of a unit. In one lane: vector v is columns 128 v + 4 lane and
+// the next three.
 struct UnitSum {
   float4 values[kVectors] = {};
   float max_lse = decode::kNegativeInfinity;
-  float weight = 0.f;  // Σ exp(lse - max_lse) over all splits
+  float weight = 0.f;  // Σ exp(lse - max_lse)
+
+  // Raises the reference to `lse`; what is there shrinks accordingly.
+  __device__ __forceinline__ void raise(float lse) {
+    if (lse <= max_lse) return;
+    const float factor = __expf(max_lse - lse);
+    weight *= factor;
+    for (float4& v : values) v = {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
+    max_lse = lse;
+  }
 
   __device__ __forceinline__ void add(float factor, const float4 (&other)[kVectors]) {
 #pragma unroll
@@ -77,38 +93,46 @@ struct UnitSum {
       values[v].w += factor * other[v].w;
     }
   }
+
+  // exp(lse - max_lse); 0 for empty splits, also while all were empty.
+  __device__ __forceinline__ float weight_of(float lse) const {
+    return lse == decode::kNegativeInfinity ? 0.f : __expf(lse - max_lse);
+  }
+
+  __device__ __forceinline__ void merge(const UnitSum& other) {
+    raise(other.max_lse);
+    const float factor = weight_of(other.max_lse);
+    weight += factor * other.weight;
+    add(factor, other.values);
+  }
 };
 
-// The splits team_warp, team_warp + team, … of a unit; neighbouring splits are `stride` rows apart.
+// Splits [begin, end) of a unit; neighbouring splits are `stride` rows apart. The values of a batch
+// are requested before the weights are known.
 __device__ __forceinline__ UnitSum sum_splits(const float* lse, const float* values,
-                                              long long stride, int splits, int team,
-                                              int team_warp) {
+                                              long long stride, int begin, int end) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   UnitSum sum;
-  for (int base = 0; base < splits; base += 32) {
-    const int k = base + lane;
-    const float mine = k < splits ? __ldcg(lse + k * stride) : decode::kNegativeInfinity;
-    sum.max_lse = fmaxf(sum.max_lse, mine);
-  }
-  sum.max_lse = warp_max(sum.max_lse);
-  const float reference = sum.max_lse == decode::kNegativeInfinity ? 0.f : sum.max_lse;
-  for (int base = 0; base < splits; base += 32) {
-    const int k = base + lane;
-    const float weight = k < splits ? __expf(__ldcg(lse + k * stride) - reference) : 0.f;
-    sum.weight += weight;
-    const int count = min(32, splits - base);
-#pragma unroll 4
-    for (int i = team_warp; i < count; i += team) {
+  for (int base = begin; base < end; base += kBatch) {
+    const int count = min(kBatch, end - base);
+    const float mine =
+        lane < count ? __ldcg(lse + (base + lane) * stride) : decode::kNegativeInfinity;
+    float4 read[kBatch][kVectors];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
       const float* const source = values + (base + i) * stride * kHeadDimV + lane * 4;
-      float4 read[kVectors];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        read[v] = __ldcg(reinterpret_cast<const float4*>(source + v * 128));
+        read[i][v] = i < count ? __ldcg(reinterpret_cast<const float4*>(source + v * 128))
+                               : float4{0.f, 0.f, 0.f, 0.f};
       }
-      sum.add(__shfl_sync(~0u, weight, i), read);
     }
+    sum.raise(warp_max(mine));
+    const float weight = sum.weight_of(mine);
+    sum.weight += warp_sum(weight);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum.add(__shfl_sync(~0u, weight, i), read[i]);
   }
-  sum.weight = warp_sum(sum.weight);
   return sum;
 }
 
@@ -134,14 +158,17 @@ __device__ __forceinline__ void store_unit(const DecodeParams& p, long long vect
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ decode::Arguments a, int blocks_per_part) {
-  __shared__ float4 team_values[kWarps][kVectors][32];
+  __shared__ UnitSum team_sums[kWarps][32];
+  sm90::wait_for_previous_kernel();
   const DecodeParams& p = a.params;
   const int block = static_cast<int>(blockIdx.x) % blocks_per_part;
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
-  sm90::wait_for_previous_kernel();
   const Share share = find_share(a, static_cast<int>(blockIdx.x) / blocks_per_part);
-  const int team = share.splits > 16 ? 8 : share.splits > 8 ? 4 : share.splits > 4 ? 2 : 1;
+  const int team = team_size(share.splits);
+  const int member = warp % team;
+  const int begin_split = share.splits * member / team;
+  const int end_split = share.splits * (member + 1) / team;
   const int end_unit = share.end_row * kUnitsPerRow;
   const int step = blocks_per_part * (kWarps / team);
   const long long stride = static_cast<long long>(p.h_kv) * a.rows;
@@ -155,17 +182,14 @@ __global__ void __launch_bounds__(kThreads)
     if (unit < end_unit) {
       const long long first = share.first_slot * stride + row;
       sum = sum_splits(p.partial_lse + first, p.partial_out + first * kHeadDimV + column, stride,
-                       share.splits, team, warp % team);
+                       begin_split, end_split);
     }
     if (team > 1) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) team_values[warp][v][lane] = sum.values[v];
+      team_sums[warp][lane] = sum;
       __syncthreads();
     }
-    if (unit < end_unit && warp % team == 0) {
-      for (int other = warp + 1; other < warp + team; ++other) {
-        sum.add(1.f, {team_values[other][0][lane], team_values[other][1][lane]});
-      }
+    if (unit < end_unit && member == 0) {
+      for (int other = warp + 1; other < warp + team; ++other) sum.merge(team_sums[other][lane]);
       store_unit<T>(p, decode::query_vector(a, share.request, row / a.rows, row % a.rows), column,
                     sum);
     }

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(ScheduleParams p) {
     row[0] = make_int4(begin.request, begin.page, end.request, end.page);
     row[1] = make_int4(begin.split, 0, 0, 0);
   }
+  __syncthreads();  // every thread has the total
   if (threadIdx.x == 0) {
     storage.carry = 0;
     p.num_splits[0] = 0;
