@@ -138,14 +138,18 @@ def test_vmap_lowers_to_one_call_of_the_larger_batch() -> None:
 
 
 @pytest.mark.usefixtures("host")
-def test_shard_map_lowers_to_calls_of_the_local_batch() -> None:
+@pytest.mark.parametrize("sharded", [(0, 1, 3, 4), (4,)], ids=str)
+def test_shard_map_lowers_to_calls_of_the_local_batch(sharded: tuple[int, ...]) -> None:
     devices = jax.local_devices(backend="cpu")[:2]
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((2,), ("data",), axis_types=(auto,), devices=devices)
-    rows, pool = jax.P("data"), jax.P()
-    specs = {"in_specs": (rows, rows, pool, rows, rows), "out_specs": rows}
-    text = lowered(jax.shard_map(decode, mesh=mesh, **specs), *split_arrays())
-    assert "tensor<1x3x8x512xbf16>" in custom_calls(text)["jax_flashmla_decode"]
+    specs = tuple(jax.P("data") if i in sharded else jax.P() for i in range(5))
+    whole = [
+        jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype) if i in sharded else x
+        for i, x in enumerate(split_arrays())
+    ]
+    mapped = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=jax.P("data"))
+    assert "tensor<2x3x8x512xbf16>" in custom_calls(lowered(mapped, *whole))["jax_flashmla_decode"]
 
 
 @pytest.mark.usefixtures("host")

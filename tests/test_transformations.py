@@ -233,6 +233,23 @@ def test_shard_map_over_one_axis_of_two(
     assert_same(jax.jit(mapped)(*placed(arrays, mesh)), plain)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_of_lengths_alone(arrays: Arrays, plain: Arrays, check_vma: bool) -> None:
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(
+        lambda *arrays: decode(*arrays[:4], arrays[4].reshape(-1)),
+        mesh=host_mesh(AxisType.Auto),
+        in_specs=(everywhere,) * 4 + (ROWS,),
+        out_specs=ROWS,
+        check_vma=check_vma,
+    )
+    lengths = jnp.stack([arrays[4]] * 4)
+    out, lse = jax.jit(mapped)(*arrays[:4], lengths)
+    batch = SHAPE.batch
+    for i in range(4):
+        assert_same((x[i * batch : (i + 1) * batch] for x in (out, lse)), plain)
+
+
 def test_shard_map_of_replicated_arrays(arrays: Arrays, plain: Arrays) -> None:
     mesh = host_mesh(AxisType.Auto)
     everywhere = PartitionSpec()
