@@ -1,0 +1,253 @@
+"""The decode kernel's roles as barrier protocol: cuda/decode/load.cuh and math.cuh line by line.
+
+Values are left out; what a piece of shared memory holds is a tag (page 7 of the part's walk, P of
+page 7, ...), and every read says which tag it needs. Warps are simulated one by one: a WGMMA is
+four independent reads, which allows more than the hardware does.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from barrier_machine import NO_FAULTS, Faults, Machine, Region, Step
+
+# As in cuda/decode/config.h and storage.h; a test compares them.
+CONSTANTS = {
+    "page_slots": 2,
+    "page_parts": 3,
+    "left_bytes": 32768,
+    "right_bytes": 32768,
+    "rope_bytes": 8192,
+    "warps_per_half": 4,
+    "query_loader_warps": 3,
+    "page_full_arrivals": 1,
+    "page_empty_arrivals": 4,
+    "query_full_arrivals": 3,
+    "query_empty_arrivals": 8,
+    "weights_ready_arrivals": 32,
+    "sums_ready_arrivals": 64,
+    "row_sum_buffers": 2,
+    "barrier_count": 17,
+}
+SLOTS = range(CONSTANTS["page_slots"])
+WARPS = range(CONSTANTS["warps_per_half"])
+LOADERS = range(CONSTANTS["query_loader_warps"])
+LEFT, RIGHT, ROPE = PARTS = range(CONSTANTS["page_parts"])
+BYTES = [CONSTANTS[f"{part}_bytes"] for part in ("left", "right", "rope")]
+SPEAKING_LANES = 8  # of a warp: one for each pair of rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One request's pages of a part; `tail`: the last page is not full."""
+
+    pages: int
+    tail: bool = False
+
+
+def add_barriers(m: Machine) -> None:
+    for slot in SLOTS:
+        for part in PARTS:
+            m.add_barrier("page_full", slot, part, arrivals=CONSTANTS["page_full_arrivals"])
+            m.add_barrier("page_empty", slot, part, arrivals=CONSTANTS["page_empty_arrivals"])
+    for half in (LEFT, RIGHT):
+        m.add_barrier("weights_ready", half, arrivals=CONSTANTS["weights_ready_arrivals"])
+        m.add_barrier("own_warps", half, arrivals=len(WARPS))
+    for name in ("query_full", "query_empty", "sums_ready"):
+        m.add_barrier(name, arrivals=CONSTANTS[f"{name}_arrivals"])
+
+
+def part_regions(m: Machine, slot: int, part: int) -> list[Region]:
+    """A page part; the rope tile by blocks of 16 rows, since each warp replaces its own by P."""
+    return [m.region("rope", slot, w) for w in WARPS] if part == ROPE else [m.region(slot, part)]
+
+
+def tail_regions(m: Machine, slot: int, part: int) -> list[Region]:
+    """The rows behind a page's last key, as far as each warp zeroes them."""
+    return [] if part == ROPE else [m.region("tail", slot, part, w) for w in WARPS]
+
+
+def stream_pages(m: Machine, items: list[Item], order: Sequence[int]) -> Step:
+    for n in range(sum(item.pages for item in items)):
+        slot, use = n % len(SLOTS), n // len(SLOTS)
+        for part in order:
+            full = ("page_full", slot, part)
+            yield from m.wait("page_empty", slot, part, phase=use - 1)
+            m.barriers[full].arrive(expected_bytes=BYTES[part])
+            regions = part_regions(m, slot, part) + tail_regions(m, slot, part)
+            m.copy(regions, ("page", n), full, BYTES[part])
+            yield
+
+
+def load_queries(m: Machine, items: list[Item], loader: int) -> Step:
+    rows = m.region("query", loader)
+    for i, _ in enumerate(item for item in items if item.pages):
+        yield from m.wait("query_empty", phase=i - 1)
+        yield from m.write(rows, ("query", i))
+        yield from m.fence("query", [rows])
+        yield from m.arrive("query_full")
+
+
+class MathWarp:
+    """A warp of one half; its methods are those of decode::Math."""
+
+    row_sum_buffers = CONSTANTS["row_sum_buffers"]
+
+    def __init__(self, m: Machine, half: int, warp: int) -> None:
+        self.m = m
+        self.half = half
+        self.other = 1 - half
+        self.warp = warp
+        self.item = -1  # among those with pages
+        self.count = 0  # pages that passed
+        self.own_pages = 0
+        self.others_pages = 0
+        self.reading: list[Region] = []  # by WGMMA
+
+    def run(self, items: list[Item]) -> Step:
+        for item in items:
+            if item.pages == 0:
+                continue
+            self.item += 1
+            yield from self.m.wait("query_full", phase=self.item)
+            for page in range(0, item.pages, 2):
+                pair = self.left_pair if self.half == LEFT else self.right_pair
+                yield from pair(item, page)
+                self.count += min(2, item.pages - page)
+            yield from self.end_item()
+
+    def left_pair(self, item: Item, page: int) -> Step:
+        even, odd = self.count, self.count + 1
+        yield from self.compute_scores(even)  # [1]
+        yield from self.release_query(item, page)
+        tail = item.tail and page + 1 == item.pages
+        yield from self.weigh(even, tail)  # [3]
+        yield from self.issue_own_values(even, tail)  # [4]
+        yield from self.finish_values()
+        yield from self.release(even, LEFT)
+        if page + 1 == item.pages:
+            return
+        tail = item.tail and page + 2 == item.pages
+        yield from self.issue_other_values(odd, tail)  # [7]
+        yield from self.finish_values()
+        yield from self.release(odd, LEFT)
+        yield from self.release(odd, ROPE)
+
+    def right_pair(self, item: Item, page: int) -> Step:
+        even, odd = self.count, self.count + 1
+        has_odd = page + 1 < item.pages
+        tail = item.tail and page + 2 == item.pages
+        if has_odd:
+            yield from self.compute_scores(odd)  # [2]
+        yield from self.release_query(item, page)
+        yield from self.issue_other_values(even, item.tail and not has_odd)  # [5]
+        if has_odd:
+            yield from self.weigh(odd, tail)  # [6]
+        yield from self.finish_values()
+        yield from self.release(even, RIGHT)
+        yield from self.release(even, ROPE)
+        if not has_odd:
+            return
+        yield from self.issue_own_values(odd, tail)  # [8]
+        yield from self.finish_values()
+        yield from self.release(odd, RIGHT)
+
+    def release_query(self, item: Item, page: int) -> Step:
+        if page + 2 >= item.pages:
+            yield from self.m.arrive("query_empty")
+
+    def compute_scores(self, n: int) -> Step:
+        slot, use = n % len(SLOTS), n // len(SLOTS)
+        reading: list[Region] = []  # the other batch of WGMMA may still run
+        for part in PARTS:
+            yield from self.m.wait("page_full", slot, part, phase=use)
+            for loader in LOADERS:
+                self.begin_read(reading, self.m.region("query", loader), ("query", self.item))
+            for region in part_regions(self.m, slot, part):
+                self.begin_read(reading, region, ("page", n))
+            yield
+        self.m.end_read(reading)
+
+    def weigh(self, n: int, tail: bool) -> Step:
+        slot = n % len(SLOTS)
+        yield from self.m.write(self.m.region("row_max", self.half, self.warp), ("max", n))
+        if tail:
+            zeroed = [self.m.region("tail", slot, part, self.warp) for part in (LEFT, RIGHT)]
+            for region in zeroed:
+                yield from self.m.write(region, ("zero", n))
+            yield from self.m.fence("tail", zeroed)
+        yield from self.m.arrive("own_warps", self.half)
+        yield from self.m.wait("own_warps", self.half, phase=self.own_pages)
+        weights = self.m.region("rope", slot, self.warp)
+        yield from self.m.write(weights, ("P", n))
+        yield from self.m.fence("weights", [weights])
+        yield from self.m.arrive("weights_ready", self.half, count=SPEAKING_LANES)
+        self.own_pages += 1
+
+    def issue_own_values(self, n: int, tail: bool) -> Step:
+        for region, tag in self.values(n, tail):
+            self.begin_read(self.reading, region, tag)
+        yield
+
+    def issue_other_values(self, n: int, tail: bool) -> Step:
+        yield from self.m.wait("weights_ready", self.other, phase=self.others_pages)
+        self.others_pages += 1
+        yield from self.read(self.m.region("row_max", self.other, self.warp), ("max", n))
+        weights = self.m.region("rope", n % len(SLOTS), self.warp)
+        self.begin_read(self.reading, weights, ("P", n))
+        yield from self.issue_own_values(n, tail)
+
+    def values(self, n: int, tail: bool) -> Iterator[tuple[Region, tuple[str, int]]]:
+        slot = n % len(SLOTS)
+        yield self.m.region(slot, self.half), ("page", n)
+        for region in tail_regions(self.m, slot, self.half) if tail else ():
+            yield region, ("zero", n)
+
+    def finish_values(self) -> Step:
+        self.m.end_read(self.reading)
+        yield
+
+    def end_item(self) -> Step:  # [9]
+        buffer = self.item % self.row_sum_buffers
+        sums = self.m.region("row_sum", buffer, self.half, self.warp)
+        yield from self.m.write(sums, ("sum", self.item))
+        yield from self.m.arrive("sums_ready", count=SPEAKING_LANES)
+        yield from self.m.wait("sums_ready", phase=self.item)
+        others = self.m.region("row_sum", buffer, self.other, self.warp)
+        yield from self.read(others, ("sum", self.item))
+
+    def release(self, n: int, part: int) -> Step:
+        yield from self.m.arrive("page_empty", n % len(SLOTS), part)
+
+    def read(self, region: Region, tag: tuple[str, int]) -> Step:
+        """An ordinary read."""
+        region.begin_read(tag, by_async_proxy=False)
+        yield
+        self.m.end_read([region])
+
+    @staticmethod
+    def begin_read(reading: list[Region], region: Region, tag: tuple[str, int]) -> None:
+        region.begin_read(tag)
+        reading.append(region)
+
+
+def simulate(
+    items: Iterable[Item],
+    seed: int,
+    faults: Faults = NO_FAULTS,
+    math_warp: type[MathWarp] = MathWarp,
+    order: Sequence[int] = PARTS,
+) -> None:
+    """Runs one block over its items in a random interleaving; raises Violation.
+
+    `order` is the producer's order of a page's parts; `faults` and `math_warp` take mistakes.
+    """
+    items = list(items)
+    m = Machine(seed, faults)
+    add_barriers(m)
+    m.start("producer", stream_pages(m, items, order))
+    for loader in LOADERS:
+        m.start(f"query loader {loader}", load_queries(m, items, loader))
+    for half, name in ((LEFT, "left"), (RIGHT, "right")):
+        for warp in WARPS:
+            m.start(f"{name} half, warp {warp}", math_warp(m, half, warp).run(items))
+    m.run()

@@ -1,0 +1,133 @@
+"""The decode kernel's barriers under random interleavings: no race, no hang.
+
+Deliberate mistakes show that the simulator finds what goes wrong.
+"""
+
+import random
+
+import pytest
+from barrier_machine import NO_FAULTS, Faults, Step, Violation
+from barrier_simulator import LEFT, RIGHT, ROPE, Item, MathWarp, simulate
+
+ITEM_LISTS = {
+    "nothing": [],
+    "an empty request": [Item(0)],
+    "one page": [Item(1, tail=True)],
+    "two pages": [Item(2)],
+    "odd counts": [Item(1), Item(3, tail=True), Item(1, tail=True), Item(5)],
+    "single pages": [Item(1, tail=True)] * 6,
+    "even counts": [Item(4), Item(2, tail=True), Item(2)],
+    "a long split": [Item(13)],
+}
+IN_ORDER, ROPE_FIRST = (LEFT, RIGHT, ROPE), (ROPE, LEFT, RIGHT)
+MIXED = [Item(3, tail=True), Item(0), Item(1), Item(1, tail=True), Item(4, tail=True), Item(2)]
+
+
+@pytest.mark.parametrize("name", ITEM_LISTS)
+def test_protocol_holds(name: str) -> None:
+    for seed in range(60):
+        simulate(ITEM_LISTS[name], seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_protocol_holds_on_random_items(seed: int) -> None:
+    rng = random.Random(seed)
+    for interleaving in range(40):
+        items = [Item(rng.choice([0, 1, 1, 2, 3, 4, 7]), rng.random() < 0.5) for _ in range(6)]
+        simulate(items, interleaving)
+
+
+def found(
+    faults: Faults = NO_FAULTS,
+    math_warp: type[MathWarp] = MathWarp,
+    order: tuple[int, ...] = IN_ORDER,
+) -> str:
+    """Returns what the simulator says about a mistake, '' if a hundred interleavings hide it."""
+    for seed in range(100):
+        try:
+            simulate(MIXED, seed, faults, math_warp, order)
+        except Violation as violation:
+            return str(violation)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(f"wait {name}" for name in ("page_full", "page_empty", "query_full", "query_empty")),
+        *(f"wait {name}" for name in ("weights_ready", "sums_ready", "own_warps")),
+        *(f"arrive {name}" for name in ("page_empty", "query_full", "query_empty")),
+        *(f"arrive {name}" for name in ("weights_ready", "sums_ready", "own_warps")),
+        *(f"fence {name}" for name in ("query", "tail", "weights")),
+    ],
+)
+def test_a_missing_step_is_found(step: str) -> None:
+    assert found(Faults(skipped=(step,)))
+
+
+@pytest.mark.parametrize(
+    ("barrier", "arrivals"),
+    [
+        ("page_full", 2),
+        ("page_empty", 3),
+        ("page_empty", 5),
+        ("query_full", 2),
+        ("query_empty", 4),
+        ("query_empty", 7),
+        ("weights_ready", 8),
+        ("weights_ready", 24),
+        ("sums_ready", 32),
+        ("own_warps", 3),
+    ],
+)
+def test_a_wrong_arrival_count_is_found(barrier: str, arrivals: int) -> None:
+    assert found(Faults(arrivals=((barrier, arrivals),)))
+
+
+class OneSumBuffer(MathWarp):
+    row_sum_buffers = 1
+
+
+class EarlyRope(MathWarp):
+    """The right half frees P's tile before its WGMMA has read it."""
+
+    def issue_other_values(self, n: int, tail: bool) -> Step:
+        yield from super().issue_other_values(n, tail)
+        if self.half == RIGHT:
+            yield from super().release(n, ROPE)
+
+    def release(self, n: int, part: int) -> Step:
+        if not (self.half == RIGHT and part == ROPE):
+            yield from super().release(n, part)
+
+
+class EarlyPage(MathWarp):
+    """A half frees its columns of a page once the WGMMA is issued."""
+
+    def finish_values(self) -> Step:
+        yield
+
+    def end_item(self) -> Step:
+        self.m.end_read(self.reading)
+        yield from super().end_item()
+
+
+class EarlyQuery(MathWarp):
+    """The query tile is freed before the last pair of pages."""
+
+    def release_query(self, item: Item, page: int) -> Step:
+        del item
+        if page == 0:
+            yield from self.m.arrive("query_empty")
+
+
+@pytest.mark.parametrize("mistaken", [OneSumBuffer, EarlyPage, EarlyQuery])
+def test_a_mistaken_role_is_found(mistaken: type[MathWarp]) -> None:
+    assert found(math_warp=mistaken)
+
+
+def test_the_rope_tile_needs_its_barrier_only_where_it_is_not_asked_for_last() -> None:
+    """A warp frees a page's rope tile with its columns, and the producer awaits those first."""
+    assert not found(math_warp=EarlyRope)
+    assert not found(order=ROPE_FIRST)
+    assert found(math_warp=EarlyRope, order=ROPE_FIRST)

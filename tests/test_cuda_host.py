@@ -1,0 +1,73 @@
+"""The CUDA code that needs no GPU: layout, schedule and work items, compiled for the host."""
+
+import json
+from pathlib import Path
+
+import barrier_simulator
+import cuda_host
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flashmla.schedule import plan
+
+LONGEST = 2**31 - 1
+
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cuda_host.build(tmp_path_factory.mktemp("cuda_host"))
+
+
+def edge_cases() -> list[tuple[int, list[int]]]:
+    return [
+        (1, [0]),
+        (1, [1]),
+        (132, [64]),
+        (132, [0] * 40),
+        (7, [-5, 0, 129, -(2**31), 64]),
+        (500, [8192, 100]),
+        (132, [LONGEST]),
+        (1, [LONGEST] * 300),
+        (3, [LONGEST] * 300),
+        (132, [LONGEST, 0, 1, LONGEST]),
+        (66, [4096] * 64),
+        (66, [1024] * 128),
+        (132, [4096 + 64 * r for r in range(33)]),
+    ]
+
+
+def random_cases(seed: int) -> list[tuple[int, list[int]]]:
+    """Cases over few (batch, parts), each of which JAX compiles once."""
+    rng = np.random.default_rng(seed)
+    cases = []
+    for batch, parts in ((1, 132), (5, 33), (40, 132), (129, 66), (300, 7)):
+        for longest in (64, 500, 5000, 100_000):
+            lengths = rng.integers(0, longest, batch)
+            lengths[rng.random(batch) < rng.choice([0.0, 0.5])] = 0
+            cases.append((parts, lengths.tolist()))
+    return cases
+
+
+def test_host_schedule_is_the_schedule_of_jax(program: Path) -> None:
+    cases = edge_cases() + random_cases(seed=3)
+    lines = [" ".join(map(str, (parts, len(lengths), *lengths))) for parts, lengths in cases]
+    printed = cuda_host.run(program, "schedule", "\n".join(lines) + "\n").splitlines()
+    jitted_plan = jax.jit(plan, static_argnums=1)
+    for (parts, lengths), line in zip(cases, printed, strict=True):
+        got = np.array(line.split(), np.int64)
+        metadata, num_splits = jitted_plan(jnp.asarray(lengths, jnp.int32), parts)
+        message = f"{parts} parts, lengths {lengths}"
+        want = np.concatenate([np.asarray(metadata)[:, :5].ravel(), np.asarray(num_splits)])
+        np.testing.assert_array_equal(got, want, message)
+
+
+def test_work_items_stay_inside_whatever_the_metadata(program: Path) -> None:
+    cuda_host.run(program, "work")
+
+
+def test_the_simulator_has_the_constants_of_the_kernel(program: Path) -> None:
+    assert json.loads(cuda_host.run(program, "constants")) == barrier_simulator.CONSTANTS
