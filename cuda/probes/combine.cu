@@ -1,0 +1,124 @@
+// The merge: request 1 of 3 is split n ways, its neighbours are whole and must stay untouched.
+#include <algorithm>
+#include <limits>
+
+#include "../combine/kernel.cuh"
+#include "pool.cuh"
+#include "probe.h"
+
+namespace flashmla::probes {
+namespace {
+
+constexpr int kBatch = 3;
+constexpr int kSplit = 1;  // the request that is split
+constexpr int kQueries = 2;
+constexpr int kHeadsKv = 2;
+constexpr int kHeadsQ = 6;
+constexpr int kRows = kQueries * kHeadsQ / kHeadsKv;  // per KV head
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+float fraction(size_t i) { return static_cast<float>(i * 2654435761u % 65536) / 65536.f; }
+
+// Partial results of all slots [2 * parts, h_kv, rows]; those of no split stay NaN.
+struct Partials {
+  std::vector<float> out, lse;
+};
+
+// Every third split is empty, and in row 0 all are.
+Partials make_partials(int splits) {
+  const size_t rows = static_cast<size_t>(2 * splits) * kHeadsKv * kRows;
+  Partials partials = {std::vector<float>(rows * kHeadDimV, NAN), std::vector<float>(rows, NAN)};
+  for (size_t i = 0; i < static_cast<size_t>(splits) * kHeadsKv * kRows; ++i) {
+    const size_t row = i % (kHeadsKv * kRows), split = i / (kHeadsKv * kRows);
+    const bool empty = row == 0 || (split % 3 == 1 && row % 2 == 1);
+    partials.lse[i] = empty ? -kInfinity : 60.f * fraction(i * 3) - 30.f;
+    for (size_t c = 0; c < kHeadDimV; ++c) {
+      partials.out[i * kHeadDimV + c] = empty ? 0.f : fraction(i * kHeadDimV + c) - 0.5f;
+    }
+  }
+  return partials;
+}
+
+// One row by hand; returns its lse.
+double merge(const Partials& partials, int splits, int row, std::vector<double>& out) {
+  const auto place = [&](int k) { return static_cast<size_t>(k) * kHeadsKv * kRows + row; };
+  double most = -kInfinity, sum = 0;
+  for (int k = 0; k < splits; ++k) most = std::max<double>(most, partials.lse[place(k)]);
+  out.assign(kHeadDimV, 0.0);
+  if (most == -kInfinity) return most;
+  for (int k = 0; k < splits; ++k) {
+    const double weight = std::exp(partials.lse[place(k)] - most);
+    sum += weight;
+    for (int c = 0; c < kHeadDimV; ++c) out[c] += weight * partials.out[place(k) * kHeadDimV + c];
+  }
+  for (double& x : out) x /= sum;
+  return most + std::log(sum);
+}
+
+template <class T>
+void compare(Mismatches& mismatches, int splits) {
+  constexpr bool kFp16 = kElementType<T> == ElementType::kFloat16;
+  const Partials partials = make_partials(splits);
+  std::vector<int> metadata(static_cast<size_t>(splits) * kScheduleColumns);
+  for (int part = 1; part < splits; ++part) {  // part 0 begins with request 0
+    const int row[] = {kSplit, part, kSplit, part + 1, part};
+    std::copy(std::begin(row), std::end(row), metadata.begin() + part * kScheduleColumns);
+  }
+  constexpr size_t kVectors = static_cast<size_t>(kBatch) * kQueries * kHeadsQ;
+  const DeviceArray<int> device_metadata(metadata), num_splits({0, 1, 1 + splits, 2 + splits});
+  DeviceArray<float> partial_out(partials.out), partial_lse(partials.lse), lse(kVectors);
+  DeviceArray<uint16_t> out(kVectors * kHeadDimV);
+  lse.poison();
+  out.poison();
+  Arguments a = {};
+  a.params.tile_scheduler_metadata = device_metadata.get();
+  a.params.num_splits = num_splits.get();
+  a.params.out = out.get();
+  a.params.lse = lse.get();
+  a.params.partial_out = partial_out.get();
+  a.params.partial_lse = partial_lse.get();
+  a.params.batch = kBatch;
+  a.params.s_q = kQueries;
+  a.params.h_q = kHeadsQ;
+  a.params.h_kv = kHeadsKv;
+  a.params.num_sm_parts = splits;
+  a.rows = kRows;
+  a.heads_per_kv = kHeadsQ / kHeadsKv;
+  const int blocks = static_cast<int>(combine::blocks_per_part(kHeadsKv * kRows));
+  combine::combine_kernel<T><<<blocks * splits, combine::kThreads>>>(a, blocks);
+  mismatches.synchronize("combine_kernel");
+  const std::vector<uint16_t> got = out.host();
+  const std::vector<float> got_lse = lse.host();
+  std::vector<double> expected;
+  for (int vector = 0; vector < static_cast<int>(kVectors); ++vector) {
+    const int query = vector / kHeadsQ % kQueries, head = vector % kHeadsQ;
+    if (vector / (kQueries * kHeadsQ) != kSplit) {
+      mismatches.expect(got[vector * kHeadDimV], 0xFFFF, 0, "untouched out", vector, 0);
+      mismatches.expect(std::isnan(got_lse[vector]), 1, 0, "untouched lse", vector, 0);
+      continue;
+    }
+    const int packed = query * a.heads_per_kv + head % a.heads_per_kv;
+    const int row = head / a.heads_per_kv * kRows + packed;
+    const double expected_lse = merge(partials, splits, row, expected);
+    mismatches.expect(got_lse[vector], expected_lse, 2e-5, "lse of [splits][row]", splits, row);
+    for (int c = 0; c < kHeadDimV; ++c) {
+      const double tolerance = 5e-6 + std::fabs(expected[c]) * (kFp16 ? 1e-3 : 8e-3);
+      mismatches.expect(runner::to_float(got[vector * kHeadDimV + c], kFp16), expected[c],
+                        tolerance, "out of [row][column]", row, c);
+    }
+  }
+}
+
+}  // namespace
+
+bool probe_combine() {
+  Mismatches mismatches;
+  for (int splits = 2; splits <= 200; splits += splits < 35 ? 1 : 33) {
+    compare<__nv_bfloat16>(mismatches, splits);
+    compare<__half>(mismatches, splits);
+  }
+  compare<__nv_bfloat16>(mismatches, 200);
+  return mismatches.none();
+}
+
+}  // namespace flashmla::probes
