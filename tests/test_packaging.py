@@ -89,10 +89,10 @@ def test_a_handler_called_on_the_wrong_platform_returns_an_error() -> None:
 def ptxas_complaints(report: str) -> list[str]:
     """Returns the lines of a ptxas report that cost speed without being warnings.
 
-    Spills and stack frames; C7508: setmaxnreg ignored; C7510 to C7519: serialised WGMMA.
+    Spills and stack frames; C7507, C7508: setmaxnreg ignored; C7510 to C7520: serialised WGMMA.
     """
     spill = r"\b[1-9]\d* bytes (stack frame|spill)"
-    note = r"\bC75(08|1\d)\b|setmaxnreg ignored|wgmma.*serializ"
+    note = r"\bC75(0[78]|1\d|20)\b|setmaxnreg ignored|wgmma.*serializ"
     return [line for line in report.splitlines() if re.search(f"{spill}|{note}", line)]
 
 
@@ -101,8 +101,10 @@ def ptxas_complaints(report: str) -> list[str]:
     [
         "    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
         "    0 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads",
+        "ptxas info    : (C7507) Potential Performance Loss: 'setmaxnreg' ignored.",
         "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored.",
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async is serialized.",
+        "ptxas info    : (C7520) Potential Performance Loss",
     ],
 )
 def test_ptxas_complaint_is_seen(line: str) -> None:
