@@ -5,65 +5,25 @@ page 7, ...), and every read says which tag it needs. Warps are simulated one by
 four independent reads, which allows more than the hardware does.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
+from barrier_layout import (
+    BYTES,
+    CONSTANTS,
+    LEFT,
+    LOADERS,
+    PARTS,
+    RIGHT,
+    ROPE,
+    SLOTS,
+    SPEAKING_LANES,
+    WARPS,
+    Item,
+    add_barriers,
+    part_regions,
+    tail_regions,
+)
 from barrier_machine import NO_FAULTS, Faults, Machine, Region, Step
-
-# As in cuda/decode/config.h and storage.h; a test compares them.
-CONSTANTS = {
-    "page_slots": 2,
-    "page_parts": 3,
-    "left_bytes": 32768,
-    "right_bytes": 32768,
-    "rope_bytes": 8192,
-    "warps_per_half": 4,
-    "query_loader_warps": 3,
-    "page_full_arrivals": 1,
-    "page_empty_arrivals": 4,
-    "query_full_arrivals": 3,
-    "query_empty_arrivals": 8,
-    "weights_ready_arrivals": 32,
-    "sums_ready_arrivals": 64,
-    "row_sum_buffers": 2,
-    "barrier_count": 17,
-}
-SLOTS = range(CONSTANTS["page_slots"])
-WARPS = range(CONSTANTS["warps_per_half"])
-LOADERS = range(CONSTANTS["query_loader_warps"])
-LEFT, RIGHT, ROPE = PARTS = range(CONSTANTS["page_parts"])
-BYTES = [CONSTANTS[f"{part}_bytes"] for part in ("left", "right", "rope")]
-SPEAKING_LANES = 8  # of a warp: one for each pair of rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One request's pages of a part; `tail`: the last page is not full."""
-
-    pages: int
-    tail: bool = False
-
-
-def add_barriers(m: Machine) -> None:
-    for slot in SLOTS:
-        for part in PARTS:
-            m.add_barrier("page_full", slot, part, arrivals=CONSTANTS["page_full_arrivals"])
-            m.add_barrier("page_empty", slot, part, arrivals=CONSTANTS["page_empty_arrivals"])
-    for half in (LEFT, RIGHT):
-        m.add_barrier("weights_ready", half, arrivals=CONSTANTS["weights_ready_arrivals"])
-        m.add_barrier("own_warps", half, arrivals=len(WARPS))
-    for name in ("query_full", "query_empty", "sums_ready"):
-        m.add_barrier(name, arrivals=CONSTANTS[f"{name}_arrivals"])
-
-
-def part_regions(m: Machine, slot: int, part: int) -> list[Region]:
-    """A page part; the rope tile by blocks of 16 rows, since each warp replaces its own by P."""
-    return [m.region("rope", slot, w) for w in WARPS] if part == ROPE else [m.region(slot, part)]
-
-
-def tail_regions(m: Machine, slot: int, part: int) -> list[Region]:
-    """The rows behind a page's last key, as far as each warp zeroes them."""
-    return [] if part == ROPE else [m.region("tail", slot, part, w) for w in WARPS]
 
 
 def stream_pages(m: Machine, items: list[Item], order: Sequence[int]) -> Step:

@@ -6,8 +6,9 @@ Deliberate mistakes show that the simulator finds what goes wrong.
 import random
 
 import pytest
+from barrier_layout import LEFT, RIGHT, ROPE, Item
 from barrier_machine import NO_FAULTS, Faults, Step, Violation
-from barrier_simulator import LEFT, RIGHT, ROPE, Item, MathWarp, simulate
+from barrier_simulator import MathWarp, simulate
 
 ITEM_LISTS = {
     "nothing": [],

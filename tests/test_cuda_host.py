@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import barrier_simulator
+import barrier_layout
 import cuda_host
 import jax
 import jax.numpy as jnp
@@ -70,4 +70,4 @@ def test_work_items_stay_inside_whatever_the_metadata(program: Path) -> None:
 
 
 def test_the_simulator_has_the_constants_of_the_kernel(program: Path) -> None:
-    assert json.loads(cuda_host.run(program, "constants")) == barrier_simulator.CONSTANTS
+    assert json.loads(cuda_host.run(program, "constants")) == barrier_layout.CONSTANTS
