@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from jax_flashmla.testing.truth import Array, Truth
+from jax_flashmla.testing.truth import LOGIT_WORST, Array, Truth
 
 # FlashMLA's.
 OUT_ABS, OUT_REL = 8e-4, 2.01 / 128
@@ -64,11 +64,12 @@ def measure(xp: ModuleType, out: Array, lse: Array, truth: Truth) -> dict[str, A
     true_lse = xp.where(finite_lse, truth.lse, 0.0)
     lse_error = xp.abs(xp.where(finite_lse, lse, 0.0) - true_lse)
     lse_room = xp.maximum(LSE_ABS, LSE_REL * xp.abs(true_lse))
-    lse_room = lse_room + xp.where(xp.isfinite(truth.float32), truth.float32, 0.0)
+    logit_error = LOGIT_WORST * xp.where(xp.isfinite(truth.float32), truth.float32, 0.0)
+    out_room = xp.maximum(OUT_ABS, OUT_REL * size) + (logit_error * _rms(xp, size))[..., None]
     return {
         "misplaced": misplaced,
-        "out_beyond": (xp.abs(error) > xp.maximum(OUT_ABS, OUT_REL * size)).sum((1, 2, 3)),
-        "lse_beyond": (lse_error > lse_room).sum((1, 2)),
+        "out_beyond": (xp.abs(error) > out_room).sum((1, 2, 3)),
+        "lse_beyond": (lse_error > lse_room + logit_error).sum((1, 2)),
         "squared_error": (error**2).sum((1, 2, 3)),
         "squared_size": (got**2 + size**2).sum((1, 2, 3)),
         "squared_ratio": (ratio**2).sum((1, 2)),

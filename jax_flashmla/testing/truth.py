@@ -8,6 +8,9 @@ to the luck of one of them.
 Float32 enters a real kernel in two places that no choice of rounding avoids: a logit of magnitude
 M is known to M · `LOGIT_EPS`, which moves P and lse by as much, and the output accumulator rounds
 at each of its n/16 steps. `Truth.float32` carries the first, `Truth.accumulation` the second.
+`LOGIT_EPS` is the typical error, `LOGIT_WORST` times it the worst: of 131,072 logits of one key,
+the tensor cores of an H200 missed the exact one by 0.65 (bfloat16) to 0.94 (float16) · 2^-21 · M on
+average and by 5.5 · 2^-21 · M at most, at every scale of the queries tried (1, 5, 30).
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ import jax
 # Anchors of P in powers of two.
 ANCHORS = (0.0, -0.5)
 LOGIT_EPS = 2.0**-21
+LOGIT_WORST = 8.0
 STEP_EPS = 2.0**-24
 TOKENS_PER_STEP = 16
 
