@@ -4,8 +4,8 @@ This file is the definition and the portable lowering of `jax_flashmla.get_mla_m
 device kernel and the host C++ in `cuda/schedule/` compute the same integers.
 
 The requests are laid end to end on one line of cost, `REQUEST_COST` for each request and one for
-each of its pages, and the line is cut into equal shares, up to `MERGE_COST` larger than need be if
-then no request is split. A cut inside a request's own cost is a cut before its first page.
+each of its pages, and the line is cut into equal shares, a little larger than need be if that makes
+fewer pieces. A cut inside a request's own cost is a cut before its first page.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,10 @@ from jax_flashmla._shapes import PAGE_SIZE, TileSchedulerMetaDataSize
 
 REQUEST_COST = 2  # in pages: what starting a request costs a part beside its pages
 MIN_SHARE = 2  # in pages: no part gets less, so that few pages are not split into crumbs
-MERGE_COST = 8  # in pages: what a step pays for merging splits; up to so much is paid to have none
+PIECE_COST = 3  # in pages: what a piece, whole or split, costs its part when shares are compared
+MERGE_COST = 6  # in pages: what a step pays for merging splits
+SHARE_CANDIDATES = 9  # shares compared: the least possible and the next ones
+MAX_CANDIDATE_BATCH = 1024  # beyond it the least share is taken
 ROW_TILE = 64  # packed query rows that one CTA works on
 INT32_MAX = 2**31 - 1
 
@@ -72,26 +75,34 @@ def plan(cache_seqlens: jax.Array, num_sm_parts: int) -> Schedule:
     begin_split = jnp.where(page[:-1] > 0, parts - first_shares[begun], 0)
     unused = jnp.zeros((num_sm_parts, TileSchedulerMetaDataSize - 5), jnp.int32)
     columns = jnp.stack([idx[:-1], page[:-1], idx[1:], page[1:], begin_split], axis=1)
-    splits = 1 + jnp.maximum(0, (ends - 1) // share - first_shares)
-    num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(splits, dtype=jnp.int32)])
+    splits = jnp.cumsum(_splits(starts, share), dtype=jnp.int32)
+    num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), splits])
     return Schedule(jnp.concatenate([columns, unused], axis=1), num_splits)
 
 
 def _costs(cache_seqlens: jax.Array) -> jax.Array:
     """Returns the cost of each request, capped so that no sum over the batch leaves int32."""
     (batch,) = cache_seqlens.shape
-    page_cap = (INT32_MAX - MERGE_COST) // batch - REQUEST_COST
+    page_cap = (INT32_MAX - SHARE_CANDIDATES) // batch - REQUEST_COST
     pages = _ceil_div(jnp.maximum(cache_seqlens, 0), PAGE_SIZE)
     return REQUEST_COST + jnp.minimum(pages, page_cap)
 
 
 def _share(starts: jax.Array, num_sm_parts: int) -> jax.Array:
-    """Returns the cost of each part: the least possible, or a little more if that splits nobody."""
+    """Returns the cost of each part: the least possible, or a little more for fewer pieces."""
+    batch = starts.shape[0] - 1
     least = jnp.maximum(_ceil_div(starts[-1], num_sm_parts), MIN_SHARE)
-    candidates = (least + jnp.arange(MERGE_COST + 1, dtype=jnp.int32))[None]
-    first_pages, lasts = (starts[:-1] + REQUEST_COST)[:, None], (starts[1:] - 1)[:, None]
-    whole = (lasts // candidates <= first_pages // candidates).all(axis=0)
-    return jnp.where(whole.any(), candidates[0, jnp.argmax(whole)], least)
+    if batch > MAX_CANDIDATE_BATCH:
+        return least
+    more = jnp.arange(SHARE_CANDIDATES, dtype=jnp.int32)
+    pieces = _splits(starts[:, None], (least + more)[None]).sum(axis=0, dtype=jnp.int32)
+    merge = jnp.where(pieces > batch, MERGE_COST, 0)
+    return least + jnp.argmin((more + merge) * num_sm_parts + PIECE_COST * pieces).astype(jnp.int32)
+
+
+def _splits(starts: jax.Array, share: jax.Array) -> jax.Array:
+    """Returns how many splits each request has: one more than the cuts behind its first page."""
+    return 1 + jnp.maximum(0, (starts[1:] - 1) // share - (starts[:-1] + REQUEST_COST) // share)
 
 
 def _boundaries(

@@ -37,8 +37,9 @@ def edge_cases() -> list[tuple[int, list[int]]]:
         (66, [4096] * 64),
         (66, [1024] * 128),
         (132, [4096 + 64 * r for r in range(33)]),
-        (2, [14 * 64] * 3),  # whole at just MERGE_COST more
-        (2, [16 * 64] * 3),  # at one page more than that: split
+        (66, [8192] * 32),  # two pieces each instead of three
+        (132, [64] * 1024),
+        (132, [64] * 1025),  # too many requests to compare shares
     ]
 
 

@@ -11,30 +11,46 @@ from hypothesis import strategies as st
 
 import jax_flashmla
 from jax_flashmla import _dispatch
-from jax_flashmla.schedule import MERGE_COST, MIN_SHARE, REQUEST_COST, default_num_sm_parts, plan
+from jax_flashmla.schedule import (
+    MAX_CANDIDATE_BATCH,
+    MERGE_COST,
+    MIN_SHARE,
+    PIECE_COST,
+    REQUEST_COST,
+    SHARE_CANDIDATES,
+    default_num_sm_parts,
+    plan,
+)
 
 LONGEST = 2**31 - 1
 
 
 def pages_of(lengths: list[int]) -> list[int]:
     """Pages per request as the schedule counts them, in unbounded integers."""
-    cap = (LONGEST - MERGE_COST) // len(lengths) - REQUEST_COST
+    cap = (LONGEST - SHARE_CANDIDATES) // len(lengths) - REQUEST_COST
     return [min(-(-max(length, 0) // 64), cap) for length in lengths]
 
 
+def split_count(start: int, end: int, share: int) -> int:
+    """Pieces of the request on [start, end) of the line: cuts at multiples of the share, behind
+    its first page."""
+    cuts = range(share * ((start + REQUEST_COST) // share + 1), end, share)
+    return 1 + len(cuts)
+
+
 def best_share(starts: list[int], parts: int) -> int:
-    """The least share, or the first of the MERGE_COST next ones that cuts into no request."""
+    """The candidate that costs least, summed over the parts; the first of equal ones."""
     least = max(-(-starts[-1] // parts), MIN_SHARE)
-    for share in range(least, least + MERGE_COST + 1):
-        before = [start % share for start in starts[:-1]]  # cost in the part before the request
-        costs = [end - start for start, end in itertools.pairwise(starts)]
-        first_cuts = [  # behind the first page: the first cut that splits
-            next(cut for cut in itertools.count(share - b, share) if cut > REQUEST_COST)
-            for b in before
-        ]
-        if all(cost <= cut for cost, cut in zip(costs, first_cuts, strict=True)):
-            return share
-    return least
+    batch = len(starts) - 1
+    if batch > MAX_CANDIDATE_BATCH:
+        return least
+
+    def cost(share: int) -> int:
+        pieces = sum(split_count(*ends, share) for ends in itertools.pairwise(starts))
+        merge = MERGE_COST if pieces > batch else 0
+        return (share - least + merge) * parts + PIECE_COST * pieces
+
+    return min(range(least, least + SHARE_CANDIDATES), key=cost)
 
 
 def expected(lengths: list[int], parts: int) -> tuple[list[list[int]], list[int]]:
@@ -139,7 +155,7 @@ def test_no_part_gets_more_than_its_share(lengths: list[int], parts: int) -> Non
     for pieces in walk(rows, pages):
         cost = sum(last - first for _, first, last, _ in pieces)
         own = [request for request, first, _, _ in pieces if first == 0]
-        assert cost + REQUEST_COST * len(own) <= share + REQUEST_COST + MERGE_COST
+        assert cost + REQUEST_COST * len(own) <= share + REQUEST_COST + SHARE_CANDIDATES - 1
 
 
 @pytest.mark.parametrize(("batch", "length", "parts"), [(64, 4096, 66), (128, 1024, 66), (9, 0, 3)])

@@ -53,4 +53,14 @@ __device__ __forceinline__ WorkItem read_item(const Arguments& a, const PartRang
   return make_item(part, request, a.params.cache_seqlens[request], a.max_length);
 }
 
+__device__ __forceinline__ int find_destination(const Arguments& a, const PartRange& part,
+                                                int request) {
+  const int before = a.params.num_splits[request];
+  const int splits = a.params.num_splits[request + 1] - before;
+  if (splits <= 1) return kWhole;
+  const int split = request == part.begin_request ? part.begin_split : 0;
+  const int slot = schedule::split_slot(before, request, split);
+  return slot >= 0 && slot < 2 * a.params.num_sm_parts ? slot : kNowhere;
+}
+
 }  // namespace flashmla::decode

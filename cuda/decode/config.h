@@ -14,9 +14,9 @@ inline constexpr int kThreads = 3 * kWarpgroup;  // producer, left half, right h
 inline constexpr int kWarpsPerWarpgroup = 4;
 inline constexpr int kQueryLoaderWarps = 3;  // the producer warpgroup's warps 1-3
 
-// setmaxnreg budgets: 24 + 2 * 240 registers for each of 128 lanes are what the launch got.
-inline constexpr int kProducerRegisters = 24;
-inline constexpr int kMathRegisters = 240;
+// setmaxnreg budgets: 40 + 2 * 232 registers for each of 128 lanes are what the launch got.
+inline constexpr int kProducerRegisters = 40;
+inline constexpr int kMathRegisters = 232;
 static_assert(kProducerRegisters + 2 * kMathRegisters <= 65536 / kThreads / 8 * 8 * 3);
 
 // A page of keys lies in shared memory as nine tiles of 64 tokens x 64 columns; it arrives, and is

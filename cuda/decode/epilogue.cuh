@@ -7,23 +7,6 @@
 
 namespace flashmla::decode {
 
-// Where an item's rows go. A whole request writes `out`; a split writes its workspace slot.
-struct Destination {
-  bool whole;
-  bool valid;  // false only under a schedule made for something else: nothing is stored
-  int slot;
-};
-
-__device__ __forceinline__ Destination find_destination(const Arguments& a, const PartRange& part,
-                                                        int request) {
-  const int before = a.params.num_splits[request];
-  const int splits = a.params.num_splits[request + 1] - before;
-  if (splits <= 1) return {true, true, 0};
-  const int split = request == part.begin_request ? part.begin_split : 0;
-  const int slot = schedule::split_slot(before, request, split);
-  return {false, slot >= 0 && slot < 2 * a.params.num_sm_parts, slot};
-}
-
 // Finished values of this thread's two rows.
 struct RowResult {
   float inverse_sum[2];
@@ -74,17 +57,17 @@ __device__ __forceinline__ void store_row(float* row, const float (&out)[128], i
 
 template <class T>
 __device__ __forceinline__ void store_item(const Arguments& a, const BlockPlace& place, int request,
-                                           const Destination& destination, int half,
-                                           const float (&out)[128], const RowResult& result) {
+                                           int destination, int half, const float (&out)[128],
+                                           const RowResult& result) {
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     const int row = place.first_row + fragment_row(which);
-    const bool valid = row < a.rows && destination.valid;
+    const bool valid = row < a.rows && destination != kNowhere;
     const long long vector = query_vector(a, request, place.kv_head, valid ? row : 0);
     const long long partial =
-        (static_cast<long long>(destination.slot) * a.params.h_kv + place.kv_head) * a.rows + row;
+        (static_cast<long long>(destination) * a.params.h_kv + place.kv_head) * a.rows + row;
     const int first_column = half * (kHeadDimV / 2);
-    if (destination.whole) {
+    if (destination == kWhole) {
       T* const target = static_cast<T*>(a.params.out) + vector * kHeadDimV + first_column;
       store_row<T>(target, out, which, result.inverse_sum[which], valid);
     } else {
@@ -92,7 +75,7 @@ __device__ __forceinline__ void store_item(const Arguments& a, const BlockPlace&
       store_row(target, out, which, result.inverse_sum[which], valid);
     }
     if (half == kLeftHalf && valid && threadIdx.x % 4 == 0) {
-      (destination.whole ? a.params.lse[vector] : a.params.partial_lse[partial]) =
+      (destination == kWhole ? a.params.lse[vector] : a.params.partial_lse[partial]) =
           result.lse[which];
     }
   }

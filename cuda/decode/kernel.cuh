@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     sm90::tma_prefetch_map(arguments.half_map);
     sm90::tma_prefetch_map(arguments.rope_map);
     init_barriers(storage.barriers);
+    storage.part = read_part(arguments, place.part);
   }
   __syncthreads();
   sm90::allow_next_kernel();

@@ -59,7 +59,7 @@ __device__ __forceinline__ void request_page(Storage& storage, const Arguments& 
 __device__ __forceinline__ void stream_pages(Storage& storage, const Arguments& a,
                                              const BlockPlace& place) {
   const bool elected = threadIdx.x % 32 == 0;
-  const PartRange part = read_part(a, place.part);
+  const PartRange& part = storage.part;
   PagePosition position;
   for (int request = part.begin_request; in_part(part, a.params.batch, request); ++request) {
     const WorkItem item = read_item(a, part, request);
@@ -101,22 +101,27 @@ __device__ __forceinline__ void copy_query_columns(uint8_t (*tiles)[sm90::kTileB
   }
 }
 
+// Also reads what an item is, ahead of the math: its latency hides behind the item before.
 __device__ __forceinline__ void load_queries(Storage& storage, const Arguments& a,
                                              const BlockPlace& place, int loader) {
-  const PartRange part = read_part(a, place.part);
+  const PartRange& part = storage.part;
   uint32_t parity = 0;
   for (int request = part.begin_request; in_part(part, a.params.batch, request); ++request) {
     const WorkItem item = read_item(a, part, request);
-    if (item.begin_page == item.end_page) continue;
+    const int destination = find_destination(a, part, request);
     sm90::barrier_wait(storage.barriers.query_empty, parity ^ 1);
+    if (loader == 0 && threadIdx.x % 32 == 0) storage.assignments[parity] = {item, destination};
     sm90::random_delay(a.params.delay_seed);
-    copy_query_columns<kKvLoraRank>(storage.query, static_cast<const uint16_t*>(a.params.q_latent),
-                                    a.params.q_latent_stride, a, place, request, loader);
-    copy_query_columns<kRopeDim>(storage.query + kQkTiles - 1,
-                                 static_cast<const uint16_t*>(a.params.q_rope),
-                                 a.params.q_rope_stride, a, place, request, loader);
-    sm90::copy_chunks_wait();
-    sm90::async_proxy_fence();
+    if (item.begin_page < item.end_page) {
+      copy_query_columns<kKvLoraRank>(storage.query,
+                                      static_cast<const uint16_t*>(a.params.q_latent),
+                                      a.params.q_latent_stride, a, place, request, loader);
+      copy_query_columns<kRopeDim>(storage.query + kQkTiles - 1,
+                                   static_cast<const uint16_t*>(a.params.q_rope),
+                                   a.params.q_rope_stride, a, place, request, loader);
+      sm90::copy_chunks_wait();
+      sm90::async_proxy_fence();
+    }
     __syncwarp();
     if (threadIdx.x % 32 == 0) sm90::barrier_arrive(storage.barriers.query_full);
     parity ^= 1;

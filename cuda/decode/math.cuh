@@ -19,70 +19,71 @@ class Math {
         query_(sm90::k_major_descriptor(sm90::shared_address(storage.query))) {}
 
   __device__ __forceinline__ void run() {
-    const PartRange part = read_part(a_, place_.part);
+    const PartRange& part = storage_.part;
     for (int request = part.begin_request; in_part(part, a_.params.batch, request); ++request) {
-      const WorkItem item = read_item(a_, part, request);
-      const Destination destination = find_destination(a_, part, request);
-      begin_item(item);
+      sm90::barrier_wait(barriers_.query_full, item_parity_);
+      const Assignment& assignment = storage_.assignments[item_parity_];
+      const WorkItem item = assignment.item;
+      begin_item();
       if (item.begin_page < item.end_page) {
-        sm90::barrier_wait(barriers_.query_full, item_parity_);
-        for (int page = item.begin_page; page < item.end_page; page += 2) {
-          kHalf == kLeftHalf ? left_pair(item, page) : right_pair(item, page);
-          position_.count += page + 1 < item.end_page ? 2 : 1;
-        }
+        kHalf == kLeftHalf ? left_pages(item) : right_pages(item);
+        position_.count += item.end_page - item.begin_page;
+      } else {
+        release(barriers_.query_empty);
       }
-      end_item(item, destination);
+      end_item(item, assignment.destination);
     }
   }
 
  private:
   static constexpr int kOther = 1 - kHalf;
 
-  // Steps of the left half for pages `page` (even, its own) and `page + 1` (odd), if there is one.
-  __device__ __forceinline__ void left_pair(const WorkItem& item, int page) {
-    const PagePosition even = position_;
-    const PagePosition odd = {position_.count + 1};
-    const bool has_odd = page + 1 < item.end_page;
-    compute_scores(even);  // [1]
-    if (page + 2 >= item.end_page) release(barriers_.query_empty);
-    weigh(item, page, even);  // [3]
-    issue_own_values(even);   // [4]
-    finish_values();
-    release(barriers_.page_empty[even.slot()][kLeft]);
-    if (!has_odd) return;
-    issue_other_values(odd);  // [7]
-    finish_values();
-    release(barriers_.page_empty[odd.slot()][kLeft]);
-    release(barriers_.page_empty[odd.slot()][kRope]);
+  // The left half's steps for pairs of pages: an even one, its own, and an odd one, if there is
+  // one.
+  __device__ __forceinline__ void left_pages(const WorkItem& item) {
+    PagePosition even = position_;
+    for (int page = item.begin_page; page < item.end_page; page += 2, even.count += 2) {
+      const PagePosition odd = {even.count + 1};
+      compute_scores(even);  // [1]
+      if (page + 2 >= item.end_page) release(barriers_.query_empty);
+      weigh(item, page, even);  // [3]
+      publish_weights(even);
+      issue_own_values(even);  // [4]
+      finish_values();
+      release(barriers_.page_empty[even.slot()][kLeft]);
+      if (page + 1 >= item.end_page) break;
+      issue_other_values(odd);  // [7]
+      finish_values();
+      release(barriers_.page_empty[odd.slot()][kLeft]);
+      release(barriers_.page_empty[odd.slot()][kRope]);
+    }
   }
 
-  // Steps of the right half for the same pages; its own is the odd one.
-  __device__ __forceinline__ void right_pair(const WorkItem& item, int page) {
-    const PagePosition even = position_;
-    const PagePosition odd = {position_.count + 1};
-    const bool has_odd = page + 1 < item.end_page;
-    if (has_odd) compute_scores(odd);  // [2]
-    if (page + 2 >= item.end_page) release(barriers_.query_empty);
-    issue_other_values(even);                 // [5]
-    if (has_odd) weigh(item, page + 1, odd);  // [6]
-    finish_values();
-    release(barriers_.page_empty[even.slot()][kRight]);
-    release(barriers_.page_empty[even.slot()][kRope]);
-    if (!has_odd) return;
-    issue_own_values(odd);  // [8]
-    finish_values();
-    release(barriers_.page_empty[odd.slot()][kRight]);
+  // The right half's steps for the same pairs; its own page is the odd one.
+  __device__ __forceinline__ void right_pages(const WorkItem& item) {
+    PagePosition even = position_;
+    for (int page = item.begin_page; page < item.end_page; page += 2, even.count += 2) {
+      const PagePosition odd = {even.count + 1};
+      const bool has_odd = page + 1 < item.end_page;
+      if (has_odd) compute_scores(odd);  // [2]
+      if (page + 2 >= item.end_page) release(barriers_.query_empty);
+      issue_other_values(even);                 // [5]
+      if (has_odd) weigh(item, page + 1, odd);  // [6]
+      finish_values();
+      release(barriers_.page_empty[even.slot()][kRight]);
+      release(barriers_.page_empty[even.slot()][kRope]);
+      if (!has_odd) break;
+      publish_weights(odd);
+      issue_own_values(odd);  // [8]
+      finish_values();
+      release(barriers_.page_empty[odd.slot()][kRight]);
+    }
   }
 
-  __device__ __forceinline__ void begin_item(const WorkItem& item) {
+  __device__ __forceinline__ void begin_item() {
     softmax_ = Softmax();
 #pragma unroll
     for (float& value : out_) value = 0.f;
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const int query = (place_.first_row + fragment_row(which)) / a_.heads_per_kv;
-      limit_[which] = visible_keys(item.length, query, a_.params.s_q, a_.params.causal);
-    }
     sm90::random_delay(a_.params.delay_seed);
   }
 
@@ -105,12 +106,13 @@ class Math {
     sm90::pin_registers(scores_);
   }
 
-  // Scores of this half's page to weights; tells the other half. Sets factor_ for the values.
+  // Scores of this half's page to weights. Sets factor_ for the values.
   __device__ __forceinline__ void weigh(const WorkItem& item, int page, PagePosition position) {
     const int first_key = page * kPageSize;
-    const int least_limit = visible_keys(item.length, 0, a_.params.s_q, a_.params.causal);
     sm90::random_delay(a_.params.delay_seed);
-    if (first_key + kPageSize > least_limit) mask_scores(scores_, first_key, limit_);
+    if (first_key + kPageSize > visible_keys(item.length, 0, a_.params.s_q, a_.params.causal)) {
+      mask(item, first_key);
+    }
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const float next = softmax_.grown(which, scores_, a_.scale_log2);
@@ -118,10 +120,25 @@ class Math {
       if (speaks_for_rows()) storage_.row_max[kHalf][fragment_row(which)] = next;
     }
     softmax_.template weigh<T>(scores_, a_.scale_log2, weights_);
+    // Other warps may still multiply by this page's keys: what they see of the zeros is masked.
     if (first_key + kPageSize > item.length) {
       zero_values(position.slot(), item.length - first_key);
       sm90::async_proxy_fence();
     }
+  }
+
+  __device__ __forceinline__ void mask(const WorkItem& item, int first_key) {
+    int limit[2];
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const int query = (place_.first_row + fragment_row(which)) / a_.heads_per_kv;
+      limit[which] = visible_keys(item.length, query, a_.params.s_q, a_.params.causal);
+    }
+    mask_scores(scores_, first_key, limit);
+  }
+
+  // The weights to shared memory, for the other half.
+  __device__ __forceinline__ void publish_weights(PagePosition position) {
     sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);  // all have read the rope tile
     store_weights(position.slot());
     sm90::async_proxy_fence();
@@ -190,7 +207,7 @@ class Math {
     return values;
   }
 
-  __device__ __forceinline__ void end_item(const WorkItem& item, const Destination& destination) {
+  __device__ __forceinline__ void end_item(const WorkItem& item, int destination) {
     float total[2] = {0.f, 0.f};
     if (item.begin_page < item.end_page) {  // [9]
       softmax_.reduce_sums();
@@ -202,13 +219,14 @@ class Math {
         }
         sm90::barrier_arrive(barriers_.sums_ready);
       }
-      sm90::barrier_wait(barriers_.sums_ready, item_parity_);
+      sm90::barrier_wait(barriers_.sums_ready, sums_parity_);
+      sums_parity_ ^= 1;
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         total[which] = softmax_.row_sum[which] + heard(sums[kOther], which);
       }
-      item_parity_ ^= 1;
     }
+    item_parity_ ^= 1;
     store_item<T>(a_, place_, item.request, destination, kHalf, out_,
                   finish_rows(softmax_.row_max, total));
   }
@@ -234,10 +252,10 @@ class Math {
   const BlockPlace place_;
   const uint64_t query_;
   PagePosition position_;
-  uint32_t item_parity_ = 0;   // of query_full and row_sum: once per item with pages
+  uint32_t item_parity_ = 0;   // of query_full, the assignment and row_sum
+  uint32_t sums_parity_ = 0;   // of sums_ready: once per item with pages
   uint32_t other_parity_ = 0;  // of the other half's weights_ready
   Softmax softmax_;
-  int limit_[2];
   float factor_[2];
   float scores_[32];
   float out_[128];

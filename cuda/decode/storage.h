@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "config.h"
+#include "work.h"
 
 namespace flashmla::decode {
 
@@ -37,6 +38,8 @@ struct Storage {
   float row_max[2][kRowTile];     // running maximum after the even / odd page, in log2 units
   float row_sum[2][2][kRowTile];  // by item parity, then half: sums of weights at an item's end
   Barriers barriers;
+  PartRange part;             // what the block does, for every role
+  Assignment assignments[2];  // by item parity: the query loaders' word to both halves
 };
 
 inline constexpr size_t kSharedLimit = 232448;

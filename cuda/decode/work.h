@@ -26,6 +26,15 @@ struct WorkItem {
   int end_page;
 };
 
+// Where an item's rows go: its workspace slot, or one of these.
+inline constexpr int kWhole = -1;    // not split: to `out`
+inline constexpr int kNowhere = -2;  // the schedule was made for something else
+
+struct Assignment {
+  WorkItem item;
+  int destination;
+};
+
 FLASHMLA_HOST_DEVICE constexpr int clamped(int value, int low, int high) {
   return value < low ? low : (value > high ? high : value);
 }

@@ -2,7 +2,7 @@
 //
 // 1. Sum the costs of all requests.
 // 2. Prefix sums of the costs: where each request begins.
-// 3. The share: try the candidates on all requests.
+// 3. The share: count the pieces that each candidate cuts the batch into.
 // 4. Each thread finds the requests that its parts' cuts fall into, by binary search.
 // 5. Prefix sums of the split counts: num_splits.
 #include "../launch.h"
@@ -18,8 +18,7 @@ constexpr int kWarps = kThreads / 32;
 struct Storage {
   int warp_sums[kWarps];
   int carry;
-  int most_cost;
-  unsigned splitting;  // shares that split some request
+  int pieces[kShareCandidates];
 };
 
 __device__ int request_cost(const ScheduleParams& p, int request) {
@@ -73,14 +72,20 @@ __device__ Cut cut_of_part(const ScheduleParams& p, const int* cost_after, int s
 
 __device__ int find_share(const ScheduleParams& p, Storage& storage, const int* cost_after,
                           int least) {
-  if (storage.most_cost > most_whole_cost(least)) return least;  // the same in every thread
-  unsigned splitting = 0;
+  if (p.batch > kMaxCandidateBatch) return least;
+  int pieces[kShareCandidates] = {};
   for (int r = static_cast<int>(threadIdx.x); r < p.batch; r += kThreads) {
-    splitting |= splitting_shares(r == 0 ? 0 : cost_after[r - 1], cost_after[r], least);
+    const int before = r == 0 ? 0 : cost_after[r - 1];
+    for (int c = 0; c < kShareCandidates; ++c) {
+      pieces[c] += split_count(before, cost_after[r], least + c);
+    }
   }
-  atomicOr(&storage.splitting, __reduce_or_sync(~0u, splitting));
+  for (int c = 0; c < kShareCandidates; ++c) {
+    const int sum = __reduce_add_sync(~0u, pieces[c]);
+    if (threadIdx.x % 32 == 0) atomicAdd(&storage.pieces[c], sum);
+  }
   __syncthreads();
-  return choose_share(least, storage.splitting);
+  return choose_share(least, storage.pieces, p.batch, p.num_sm_parts);
 }
 
 __global__ void __launch_bounds__(kThreads) schedule_kernel(ScheduleParams p) {
@@ -95,12 +100,11 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(ScheduleParams p) {
     const int cost = request < p.batch ? request_cost(p, request) : 0;
     const int sum = block_inclusive_sum(storage, cost);
     if (request < p.batch) cost_after[request] = sum;
-    atomicMax(&storage.most_cost, __reduce_max_sync(~0u, cost));
   }
   __syncthreads();
   const int total = storage.carry;
 
-  // 3. A share that splits nobody, if there is one.
+  // 3. The share.
   const int share = find_share(p, storage, cost_after, least_share(total, p.num_sm_parts));
 
   // 4. The cuts; each part's end is the next part's begin.

@@ -2,7 +2,7 @@
 // in host tests and in jax_flashmla/schedule.py.
 //
 // Requests stand in a row; each costs its pages plus a fixed amount. The row is cut into
-// num_sm_parts pieces of equal cost; a little more than equal if that splits no request. A cut
+// num_sm_parts pieces of equal cost; a little more than equal if that makes fewer pieces. A cut
 // inside a request splits it: the pieces become partial results that the combine kernel merges. A
 // cut in a request's fixed cost falls before its first page.
 #pragma once
@@ -14,20 +14,23 @@ namespace flashmla::schedule {
 
 inline constexpr int kRequestCost = 2;  // fixed cost of a request, in pages
 inline constexpr int kMinShare = 2;     // least cost worth a part of its own
-inline constexpr int kMergeCost = 8;    // what merging splits costs a step, in pages
+inline constexpr int kShareCandidates = 9;
+inline constexpr int kPieceCost = 3;  // what a piece, whole or split, costs its part, in pages
+inline constexpr int kMergeCost = 6;  // what merging splits costs a step, in pages
+inline constexpr int kMaxCandidateBatch = 1024;  // beyond it the least share is taken
 inline constexpr int kMaxInt = 0x7FFFFFFF;
 
 FLASHMLA_HOST_DEVICE constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
 // Pages of a request, bounded so that the costs of a whole batch fit an int.
 FLASHMLA_HOST_DEVICE constexpr int scheduled_pages(int length, int batch) {
-  const int cap = (kMaxInt - kMergeCost) / batch - kRequestCost;
+  const int cap = (kMaxInt - kShareCandidates) / batch - kRequestCost;
   const int pages = length > 0 ? ceil_div(length, kPageSize) : 0;
   return pages < cap ? pages : cap;
 }
 
-// The least cost that each part must take. Up to kMergeCost more is better if then no request is
-// split: the smallest such share is taken, else this one.
+// The least cost that each part must take. Up to kShareCandidates - 1 more may be better, if it cuts
+// the batch into fewer pieces or spares the merge: choose_share weighs that.
 FLASHMLA_HOST_DEVICE constexpr int least_share(int total_cost, int num_sm_parts) {
   const int share = ceil_div(total_cost, num_sm_parts);
   return share > kMinShare ? share : kMinShare;
@@ -60,27 +63,21 @@ FLASHMLA_HOST_DEVICE constexpr int split_count(int cost_before, int cost_after, 
   return 1 + (cuts > 0 ? cuts : 0);
 }
 
-// Bit d: with the share least_share + d this request is split.
-FLASHMLA_HOST_DEVICE constexpr unsigned splitting_shares(int cost_before, int cost_after,
-                                                         int least_share) {
-  unsigned mask = 0;
-  for (int d = 0; d <= kMergeCost; ++d) {
-    mask |= (split_count(cost_before, cost_after, least_share + d) > 1 ? 1u : 0u) << d;
+// The candidate least_share + c whose cost is least, given into how many pieces each cuts the batch.
+// Costs are summed over the parts; the first of equal ones is taken.
+FLASHMLA_HOST_DEVICE constexpr int choose_share(int least_share, const int* pieces, int batch,
+                                                int num_sm_parts) {
+  int best = 0;
+  long long best_cost = 0;
+  for (int c = 0; c < kShareCandidates; ++c) {
+    const long long merge = pieces[c] > batch ? kMergeCost : 0;
+    const long long cost = (c + merge) * num_sm_parts + static_cast<long long>(kPieceCost) * pieces[c];
+    if (c == 0 || cost < best_cost) {
+      best = c;
+      best_cost = cost;
+    }
   }
-  return mask;
-}
-
-// With no share of the candidates can a request of more cost than this stay whole.
-FLASHMLA_HOST_DEVICE constexpr int most_whole_cost(int least_share) {
-  return least_share + kMergeCost + kRequestCost;
-}
-
-// The share to use, given the splitting_shares of all requests.
-FLASHMLA_HOST_DEVICE constexpr int choose_share(int least_share, unsigned splitting) {
-  for (int d = 0; d <= kMergeCost; ++d) {
-    if ((splitting >> d & 1u) == 0) return least_share + d;
-  }
-  return least_share;
+  return least_share + best;
 }
 
 // Workspace slot of split `split` of `request`: requests that are not split use none, so

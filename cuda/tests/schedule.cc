@@ -31,18 +31,14 @@ Costs costs_of(const std::vector<int>& lengths) {
 
 int share_of(const Costs& costs, int num_sm_parts) {
   const int least = least_share(costs.total(), num_sm_parts);
-  unsigned splitting = 0;
-  int most_cost = 0;
+  if (costs.batch() > kMaxCandidateBatch) return least;
+  int pieces[kShareCandidates] = {};
   for (int r = 0; r < costs.batch(); ++r) {
-    splitting |= splitting_shares(costs.before[r], costs.before[r + 1], least);
-    most_cost = std::max(most_cost, costs.before[r + 1] - costs.before[r]);
+    for (int c = 0; c < kShareCandidates; ++c) {
+      pieces[c] += split_count(costs.before[r], costs.before[r + 1], least + c);
+    }
   }
-  const int share = choose_share(least, splitting);
-  if (most_cost > most_whole_cost(least) && share != least) {
-    std::fprintf(stderr, "most_whole_cost(%d) is too low\n", least);
-    return 0;
-  }
-  return share;
+  return choose_share(least, pieces, costs.batch(), num_sm_parts);
 }
 
 Cut cut_of(const Costs& costs, int share, int num_sm_parts, int part) {
