@@ -86,8 +86,10 @@ def _sanitized_jax(tool: str) -> Group:
     return Group(f"jax-{tool}", 240, commands=(command,), environment=allocator)
 
 
+PROBES = ("boxes", "one_hot", "walk", "values", "weights", "ring", "named_barriers", "combine")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 GROUPS = (
+    Group("probes", 20, commands=tuple(("{probes}", name) for name in PROBES)),
     Group("runner", 30, commands=tuple(("{runner}", *w) for w in (*RUNNER, *STALE_RUNNER))),
     Group("grid-heads", 200, tests=_grid("heads")),
     Group("grid-queries", 200, tests=_grid("queries")),

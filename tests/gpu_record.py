@@ -133,6 +133,7 @@ def run_all(groups: list[Group], options: argparse.Namespace, record: Record | N
     tools = {
         "runner": str(options.runner),
         "checked_runner": str(options.checked_runner),
+        "probes": str(options.probes),
         "python": sys.executable,
     }
     counts: list[Count] = []
@@ -202,6 +203,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--checked-runner", type=Path, default=build / "runner-debug" / "flashmla_runner"
     )
+    parser.add_argument("--probes", type=Path, default=build / "runner" / "flashmla_probes")
     return parser.parse_args()
 
 

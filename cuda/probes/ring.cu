@@ -14,6 +14,8 @@ constexpr int kHead = 1;
 __global__ void __launch_bounds__(2 * decode::kWarpgroup)
     ring_kernel(const __grid_constant__ Arguments a, int pages, unsigned* sums) {
   Storage& storage = prepare_storage();
+  if (threadIdx.x == 0) storage.part = decode::read_part(a, 0);
+  __syncthreads();
   const int warp = static_cast<int>(threadIdx.x / 32);
   if (warp == 0) decode::stream_pages(storage, a, {0, kHead, 0});
   if (warp < decode::kWarpsPerWarpgroup) return;
