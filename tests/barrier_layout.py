@@ -20,6 +20,7 @@ CONSTANTS = {
     "weights_ready_arrivals": 32,
     "sums_ready_arrivals": 64,
     "row_sum_buffers": 2,
+    "assignment_buffers": 2,
     "barrier_count": 17,
 }
 SLOTS = range(CONSTANTS["page_slots"])

@@ -26,6 +26,7 @@ int print_constants() {
       {"weights_ready_arrivals", kWeightsReadyArrivals},
       {"sums_ready_arrivals", kSumsReadyArrivals},
       {"row_sum_buffers", sizeof(Storage::row_sum) / (2 * kRowTile * sizeof(float))},
+      {"assignment_buffers", sizeof(Storage::assignments) / sizeof(Assignment)},
       {"barrier_count", sizeof(Barriers) / sizeof(uint64_t)},
   };
   const char* before = "{";

@@ -71,6 +71,8 @@ static_assert(offsetof(Storage, pages) == 73728 && sizeof(Storage::pages) == 147
 static_assert(offsetof(Storage, row_max) == 221184 && sizeof(Storage::row_max) == 512);
 static_assert(offsetof(Storage, row_sum) == 221696 && sizeof(Storage::row_sum) == 1024);
 static_assert(offsetof(Storage, barriers) == 222720 && sizeof(Storage::barriers) == 136);
+static_assert(offsetof(Storage, part) == 222856 && sizeof(Storage::part) == 20);
+static_assert(offsetof(Storage, assignments) == 222876 && sizeof(Storage::assignments) == 40);
 static_assert(sizeof(Storage) == 223232 && alignof(Storage) == 1024);
 static_assert(sizeof(Storage) <= 232448);  // of a block on sm_90
 using decode::Barriers;

@@ -25,6 +25,7 @@ static_assert(same(make_item(kPart, 3, 130, 1 << 20), 130, 0, 3));  // shorter t
 static_assert(same(make_item(kPart, 1, 64, 1 << 20), 64, 1, 1));    // begins behind its end
 static_assert(same(make_item(kPart, 2, -7, 1 << 20), 0, 0, 0));
 static_assert(same(make_item(kPart, 2, schedule::kMaxInt, 128), 128, 0, 2));  // a table of 2 pages
+static_assert(kWhole < 0 && kNowhere < 0 && kWhole != kNowhere);              // neither is a slot
 static_assert(visible_keys(10, 0, 3, true) == 8 && visible_keys(10, 2, 3, true) == 10);
 static_assert(visible_keys(1, 0, 3, true) == -1 && visible_keys(1, 0, 3, false) == 1);
 
