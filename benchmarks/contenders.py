@@ -69,16 +69,14 @@ class Contender:
         """Calls in one run of the compiled chain; more KV sets than that take several runs."""
         return max(self.min_calls, min(self.max_calls, round(self.run_bytes / row.work.kv_bytes)))
 
-    def compile(
-        self, row: Row, inputs: Inputs, kv_cache: jax.Array, *, donate: bool = True
-    ) -> Chain:
+    def compile(self, row: Row, inputs: Inputs, kv_cache: jax.Array) -> Chain:
         """Compiles a chain of calls; ``q_latent`` is donated, so that addresses never change."""
         calls = self.calls(row)
 
         starts = range(0, len(inputs.tables), calls)
         groups = [inputs.tables[start : start + calls] for start in starts]
         groups = [group for group in groups if len(group) == len(groups[0])]
-        jitted = jax.jit(chained(self.attend, calls), donate_argnums=0 if donate else ())
+        jitted = jax.jit(chained(self.attend, calls), donate_argnums=0)
         rest = (inputs.cache_seqlens, inputs.schedule)
         lowered = jitted.lower(inputs.q_latent, inputs.q_rope, kv_cache, groups[0], *rest)
         return Chain(lowered.compile(), calls, inputs, kv_cache, itertools.cycle(groups))
