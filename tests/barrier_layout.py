@@ -33,7 +33,7 @@ SPEAKING_LANES = 8  # of a warp: one for each pair of rows
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One request's pages of a part; `tail`: the last page is not full."""
+    """One request's pages of a part, perhaps none; `tail`: the last page is not full."""
 
     pages: int
     tail: bool = False
@@ -49,6 +49,12 @@ def add_barriers(m: Machine) -> None:
         m.add_barrier("own_warps", half, arrivals=len(WARPS))
     for name in ("query_full", "query_empty", "sums_ready"):
         m.add_barrier(name, arrivals=CONSTANTS[f"{name}_arrivals"])
+
+
+def item_region(m: Machine, name: str, item: int, *key: int) -> Region:
+    """One of the buffers that items take in turn."""
+    buffers = dict(m.faults.buffers).get(name, CONSTANTS[f"{name}_buffers"])
+    return m.region(name, item % buffers, *key)
 
 
 def part_regions(m: Machine, slot: int, part: int) -> list[Region]:

@@ -79,9 +79,10 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """Deliberate mistakes: other arrival counts, and steps (`verb what`) that are left out."""
+    """Deliberate mistakes: other counts, and steps (`verb what`) that are left out."""
 
     arrivals: tuple[tuple[str, int], ...] = ()
+    buffers: tuple[tuple[str, int], ...] = ()
     skipped: tuple[str, ...] = ()
 
 

@@ -5,11 +5,10 @@ page 7, ...), and every read says which tag it needs. Warps are simulated one by
 four independent reads, which allows more than the hardware does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from barrier_layout import (
     BYTES,
-    CONSTANTS,
     LEFT,
     LOADERS,
     PARTS,
@@ -20,6 +19,7 @@ from barrier_layout import (
     WARPS,
     Item,
     add_barriers,
+    item_region,
     part_regions,
     tail_regions,
 )
@@ -39,25 +39,36 @@ def stream_pages(m: Machine, items: list[Item], order: Sequence[int]) -> Step:
 
 
 def load_queries(m: Machine, items: list[Item], loader: int) -> Step:
-    rows = m.region("query", loader)
-    for i, _ in enumerate(item for item in items if item.pages):
+    for i, item in enumerate(items):
         yield from m.wait("query_empty", phase=i - 1)
-        yield from m.write(rows, ("query", i))
-        yield from m.fence("query", [rows])
+        yield from assign(m, i, loader)
+        if item.pages:
+            yield from copy_query(m, i, loader)
         yield from m.arrive("query_full")
+
+
+def assign(m: Machine, i: int, loader: int) -> Step:
+    """What item `i` is and where its rows go: one loader says so."""
+    if loader == 0:
+        yield from m.write(item_region(m, "assignment", i), ("item", i))
+
+
+def copy_query(m: Machine, i: int, loader: int) -> Step:
+    rows = m.region("query", loader)
+    yield from m.write(rows, ("query", i))
+    yield from m.fence("query", [rows])
 
 
 class MathWarp:
     """A warp of one half; its methods are those of decode::Math."""
-
-    row_sum_buffers = CONSTANTS["row_sum_buffers"]
 
     def __init__(self, m: Machine, half: int, warp: int) -> None:
         self.m = m
         self.half = half
         self.other = 1 - half
         self.warp = warp
-        self.item = -1  # among those with pages
+        self.item = -1
+        self.sums = 0  # items with pages that passed
         self.count = 0  # pages that passed
         self.own_pages = 0
         self.others_pages = 0
@@ -65,15 +76,28 @@ class MathWarp:
 
     def run(self, items: list[Item]) -> Step:
         for item in items:
-            if item.pages == 0:
-                continue
             self.item += 1
-            yield from self.m.wait("query_full", phase=self.item)
-            for page in range(0, item.pages, 2):
-                pair = self.left_pair if self.half == LEFT else self.right_pair
-                yield from pair(item, page)
-                self.count += min(2, item.pages - page)
-            yield from self.end_item()
+            yield from self.begin_item()
+            yield from self.do_pages(item) if item.pages else self.skip_pages()
+            yield from self.read_assignment()  # the destination, at the latest
+            if item.pages:
+                yield from self.end_item()
+
+    def begin_item(self) -> Step:
+        yield from self.m.wait("query_full", phase=self.item)
+        yield from self.read_assignment()
+
+    def do_pages(self, item: Item) -> Step:
+        pair = self.left_pair if self.half == LEFT else self.right_pair
+        for page in range(0, item.pages, 2):
+            yield from pair(item, page)
+            self.count += min(2, item.pages - page)
+
+    def skip_pages(self) -> Step:
+        yield from self.m.arrive("query_empty")
+
+    def read_assignment(self) -> Step:
+        yield from self.read(item_region(self.m, "assignment", self.item), ("item", self.item))
 
     def left_pair(self, item: Item, page: int) -> Step:
         even, odd = self.count, self.count + 1
@@ -81,6 +105,7 @@ class MathWarp:
         yield from self.release_query(item, page)
         tail = item.tail and page + 1 == item.pages
         yield from self.weigh(even, tail)  # [3]
+        yield from self.publish_weights(even)
         yield from self.issue_own_values(even, tail)  # [4]
         yield from self.finish_values()
         yield from self.release(even, LEFT)
@@ -107,6 +132,7 @@ class MathWarp:
         yield from self.release(even, ROPE)
         if not has_odd:
             return
+        yield from self.publish_weights(odd)
         yield from self.issue_own_values(odd, tail)  # [8]
         yield from self.finish_values()
         yield from self.release(odd, RIGHT)
@@ -135,9 +161,11 @@ class MathWarp:
             for region in zeroed:
                 yield from self.m.write(region, ("zero", n))
             yield from self.m.fence("tail", zeroed)
+
+    def publish_weights(self, n: int) -> Step:
         yield from self.m.arrive("own_warps", self.half)
         yield from self.m.wait("own_warps", self.half, phase=self.own_pages)
-        weights = self.m.region("rope", slot, self.warp)
+        weights = self.m.region("rope", n % len(SLOTS), self.warp)
         yield from self.m.write(weights, ("P", n))
         yield from self.m.fence("weights", [weights])
         yield from self.m.arrive("weights_ready", self.half, count=SPEAKING_LANES)
@@ -167,12 +195,12 @@ class MathWarp:
         yield
 
     def end_item(self) -> Step:  # [9]
-        buffer = self.item % self.row_sum_buffers
-        sums = self.m.region("row_sum", buffer, self.half, self.warp)
+        sums = item_region(self.m, "row_sum", self.item, self.half, self.warp)
         yield from self.m.write(sums, ("sum", self.item))
         yield from self.m.arrive("sums_ready", count=SPEAKING_LANES)
-        yield from self.m.wait("sums_ready", phase=self.item)
-        others = self.m.region("row_sum", buffer, self.other, self.warp)
+        yield from self.m.wait("sums_ready", phase=self.sums)
+        self.sums += 1
+        others = item_region(self.m, "row_sum", self.item, self.other, self.warp)
         yield from self.read(others, ("sum", self.item))
 
     def release(self, n: int, part: int) -> Step:
@@ -196,17 +224,18 @@ def simulate(
     faults: Faults = NO_FAULTS,
     math_warp: type[MathWarp] = MathWarp,
     order: Sequence[int] = PARTS,
+    query_loader: Callable[[Machine, list[Item], int], Step] = load_queries,
 ) -> None:
     """Runs one block over its items in a random interleaving; raises Violation.
 
-    `order` is the producer's order of a page's parts; `faults` and `math_warp` take mistakes.
+    `order` is the producer's order of a page's parts; the other roles and `faults` take mistakes.
     """
     items = list(items)
     m = Machine(seed, faults)
     add_barriers(m)
     m.start("producer", stream_pages(m, items, order))
     for loader in LOADERS:
-        m.start(f"query loader {loader}", load_queries(m, items, loader))
+        m.start(f"query loader {loader}", query_loader(m, items, loader))
     for half, name in ((LEFT, "left"), (RIGHT, "right")):
         for warp in WARPS:
             m.start(f"{name} half, warp {warp}", math_warp(m, half, warp).run(items))

@@ -4,15 +4,18 @@ Deliberate mistakes show that the simulator finds what goes wrong.
 """
 
 import random
+from collections.abc import Callable
 
 import pytest
 from barrier_layout import LEFT, RIGHT, ROPE, Item
-from barrier_machine import NO_FAULTS, Faults, Step, Violation
-from barrier_simulator import MathWarp, simulate
+from barrier_machine import NO_FAULTS, Faults, Machine, Step, Violation
+from barrier_simulator import MathWarp, assign, copy_query, load_queries, simulate
 
 ITEM_LISTS = {
     "nothing": [],
     "an empty request": [Item(0)],
+    "empty requests": [Item(0)] * 5,
+    "empty requests between": [Item(1), Item(0), Item(1, tail=True), Item(0), Item(0), Item(2)],
     "one page": [Item(1, tail=True)],
     "two pages": [Item(2)],
     "odd counts": [Item(1), Item(3, tail=True), Item(1, tail=True), Item(5)],
@@ -42,11 +45,12 @@ def found(
     faults: Faults = NO_FAULTS,
     math_warp: type[MathWarp] = MathWarp,
     order: tuple[int, ...] = IN_ORDER,
+    query_loader: Callable[[Machine, list[Item], int], Step] = load_queries,
 ) -> str:
     """Returns what the simulator says about a mistake, '' if a hundred interleavings hide it."""
     for seed in range(100):
         try:
-            simulate(MIXED, seed, faults, math_warp, order)
+            simulate(MIXED, seed, faults, math_warp, order, query_loader)
         except Violation as violation:
             return str(violation)
     return ""
@@ -85,8 +89,9 @@ def test_a_wrong_arrival_count_is_found(barrier: str, arrivals: int) -> None:
     assert found(Faults(arrivals=((barrier, arrivals),)))
 
 
-class OneSumBuffer(MathWarp):
-    row_sum_buffers = 1
+@pytest.mark.parametrize("name", ["row_sum", "assignment"])
+def test_a_single_buffer_is_found(name: str) -> None:
+    assert found(Faults(buffers=((name, 1),)))
 
 
 class EarlyRope(MathWarp):
@@ -122,9 +127,64 @@ class EarlyQuery(MathWarp):
             yield from self.m.arrive("query_empty")
 
 
-@pytest.mark.parametrize("mistaken", [OneSumBuffer, EarlyPage, EarlyQuery])
+class EarlyReader(MathWarp):
+    """The assignment is read before the loaders have said that it is there."""
+
+    def begin_item(self) -> Step:
+        yield from self.read_assignment()
+        yield from self.m.wait("query_full", phase=self.item)
+
+
+class SilentSkip(MathWarp):
+    """An item without pages does not free its query, though none was loaded."""
+
+    def skip_pages(self) -> Step:
+        yield
+
+
+class SumsByItem(MathWarp):
+    """The parity of `sums_ready` flips for items without pages too."""
+
+    def skip_pages(self) -> Step:
+        yield from super().skip_pages()
+        self.sums += 1
+
+
+@pytest.mark.parametrize("mistaken", [EarlyPage, EarlyQuery, EarlyReader, SilentSkip, SumsByItem])
 def test_a_mistaken_role_is_found(mistaken: type[MathWarp]) -> None:
     assert found(math_warp=mistaken)
+
+
+def assign_early(m: Machine, items: list[Item], loader: int) -> Step:
+    """The assignment is written while the halves may still be two items back."""
+    for i, item in enumerate(items):
+        yield from assign(m, i, loader)
+        yield from m.wait("query_empty", phase=i - 1)
+        if item.pages:
+            yield from copy_query(m, i, loader)
+        yield from m.arrive("query_full")
+
+
+def assign_late(m: Machine, items: list[Item], loader: int) -> Step:
+    """The assignment is written after `query_full`."""
+    for i, item in enumerate(items):
+        yield from m.wait("query_empty", phase=i - 1)
+        if item.pages:
+            yield from copy_query(m, i, loader)
+        yield from m.arrive("query_full")
+        yield from assign(m, i, loader)
+
+
+def skip_empty(m: Machine, items: list[Item], loader: int) -> Step:
+    """Items without pages are not handed over."""
+    yield from load_queries(m, [item for item in items if item.pages], loader)
+
+
+@pytest.mark.parametrize("mistaken", [assign_early, assign_late, skip_empty])
+def test_a_mistaken_query_loader_is_found(
+    mistaken: Callable[[Machine, list[Item], int], Step],
+) -> None:
+    assert found(query_loader=mistaken)
 
 
 def test_the_rope_tile_needs_its_barrier_only_where_it_is_not_asked_for_last() -> None:
