@@ -42,7 +42,7 @@ def main() -> None:
     out = options.out or (None if options.quick else RESULTS)
 
     kv_cache = make_pool(rows)
-    env = environment.describe()
+    env = environment.describe(options.commit)
     _say(f"{env['device']}, {env['path']} path, pool of {kv_cache.nbytes / 1e9:.2f} GB")
     limits = ceilings.measure(kv_cache, effort)
     _say("ceilings: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
@@ -117,6 +117,7 @@ def _options() -> argparse.Namespace:
         default=150,
         help="XLA rows not compiled by then are left out (default %(default)s)",
     )
+    parser.add_argument("--commit", help="of the sources, where they are in no git checkout")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, checks the script")
     return parser.parse_args()
 

@@ -13,8 +13,12 @@ from jax_flashmla import status
 _CARD = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
 
 
-def describe() -> dict[str, object]:
-    """Device, driver, versions, commit, command and date; None for what cannot be found."""
+def describe(commit: str | None = None) -> dict[str, object]:
+    """Device, driver, versions, commit, command and date; None for what cannot be found.
+
+    Args:
+        commit: Of the sources, where they are not in a git checkout.
+    """
     state = status()
     return {
         "device": jax.devices()[0].device_kind,
@@ -25,7 +29,7 @@ def describe() -> dict[str, object]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
-        "commit": _first_line("git", "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": commit or _first_line("git", "describe", "--always", "--dirty", "--abbrev=40"),
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": card(),

@@ -74,7 +74,7 @@ def main() -> None:
     out = options.out or (None if options.quick else RESULTS)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"env": environment.describe(), "rows": entries}
+        result = {"env": environment.describe(options.commit), "rows": entries}
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -114,6 +114,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", default=ROWS, help="comma-separated patterns on row names")
     parser.add_argument("--runner", type=pathlib.Path, default=RUNNER, help="built by make runner")
     parser.add_argument("--out", type=pathlib.Path, help=f"JSON file (default {RESULTS.name})")
+    parser.add_argument("--commit", help="of the sources, where they are in no git checkout")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, checks the script")
     return parser.parse_args()
 

@@ -16,6 +16,7 @@ from jax_flashmla._timing import Seconds, time_steps
 from jax_flashmla.testing import compare, oracle
 from jax_flashmla.trace import PAGE_SIZE, Moment
 
+KEY_SIGMA = 0.1
 # DeepSeek-V3's: (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * mscale ** 2.
 SOFTMAX_SCALE = 192**-0.5 * 1.3688879454113936**2
 GPU_MEMORY_SHARE, HOST_MEMORY_SHARE = 0.6, 0.2
@@ -90,17 +91,21 @@ def layers_that_fit(num_pages: int, dtype: DTypeLike) -> int:
 def make_model(
     moments: Sequence[Moment], *, layers: int, h_q: int, dtype: DTypeLike, seed: int
 ) -> Model:
-    """Random normal keys and queries, enough for the largest of these batches."""
+    """Random normal keys and queries, enough for the largest of these batches.
+
+    Keys, which are values too, have the size that FlashMLA's absolute tolerance is meant for, and
+    queries are as much larger: the logits are those of standard normal keys and queries.
+    """
     num_pages = max(moment.num_pages for moment in moments)
     batch = max(len(moment.cache_seqlens) for moment in moments)
 
-    def normal(key: jax.Array, *shape: int) -> jax.Array:
-        return jax.random.normal(key, shape).astype(dtype)
+    def normal(key: jax.Array, sigma: float, *shape: int) -> jax.Array:
+        return (sigma * jax.random.normal(key, shape)).astype(dtype)
 
     @jax.jit
     def pool(key: jax.Array) -> jax.Array:
         def layer(key: jax.Array) -> jax.Array:
-            return normal(key, num_pages, PAGE_SIZE, 1, HEAD_DIM_QK)
+            return normal(key, KEY_SIGMA, num_pages, PAGE_SIZE, 1, HEAD_DIM_QK)
 
         stacked = jax.lax.map(layer, jax.random.split(key, layers))
         return stacked.reshape(-1, *stacked.shape[2:])
@@ -108,8 +113,8 @@ def make_model(
     keys = jax.random.split(jax.random.key(seed), 3)
     return Model(
         pool(keys[0]),
-        normal(keys[1], batch, 1, h_q, HEAD_DIM_V),
-        normal(keys[2], batch, 1, h_q, HEAD_DIM_QK - HEAD_DIM_V),
+        normal(keys[1], 1 / KEY_SIGMA, batch, 1, h_q, HEAD_DIM_V),
+        normal(keys[2], 1 / KEY_SIGMA, batch, 1, h_q, HEAD_DIM_QK - HEAD_DIM_V),
         num_pages,
         max(moment.block_table.shape[1] for moment in moments),
     )

@@ -29,8 +29,8 @@ FLASHMLA_HOST_DEVICE constexpr int scheduled_pages(int length, int batch) {
   return pages < cap ? pages : cap;
 }
 
-// The least cost that each part must take. Up to kShareCandidates - 1 more may be better, if it cuts
-// the batch into fewer pieces or spares the merge: choose_share weighs that.
+// The least cost that each part must take. Up to kShareCandidates - 1 more may be better, if it
+// cuts the batch into fewer pieces or spares the merge: choose_share weighs that.
 FLASHMLA_HOST_DEVICE constexpr int least_share(int total_cost, int num_sm_parts) {
   const int share = ceil_div(total_cost, num_sm_parts);
   return share > kMinShare ? share : kMinShare;
@@ -63,15 +63,16 @@ FLASHMLA_HOST_DEVICE constexpr int split_count(int cost_before, int cost_after, 
   return 1 + (cuts > 0 ? cuts : 0);
 }
 
-// The candidate least_share + c whose cost is least, given into how many pieces each cuts the batch.
-// Costs are summed over the parts; the first of equal ones is taken.
+// The candidate least_share + c whose cost is least, given into how many pieces each cuts the
+// batch. Costs are summed over the parts; the first of equal ones is taken.
 FLASHMLA_HOST_DEVICE constexpr int choose_share(int least_share, const int* pieces, int batch,
                                                 int num_sm_parts) {
   int best = 0;
   long long best_cost = 0;
   for (int c = 0; c < kShareCandidates; ++c) {
     const long long merge = pieces[c] > batch ? kMergeCost : 0;
-    const long long cost = (c + merge) * num_sm_parts + static_cast<long long>(kPieceCost) * pieces[c];
+    const long long cost =
+        (c + merge) * num_sm_parts + static_cast<long long>(kPieceCost) * pieces[c];
     if (c == 0 || cost < best_cost) {
       best = c;
       best_cost = cost;
