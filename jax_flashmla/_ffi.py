@@ -8,6 +8,7 @@ import jax
 
 SCHEDULE_TARGET = "jax_flashmla_schedule"
 DECODE_TARGET = "jax_flashmla_decode"
+NO_EXTENSION = "a portable-only installation, built without nvcc, or the source folder itself"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ def load() -> Build:
     try:
         extension = importlib.import_module("jax_flashmla._cuda")
     except ModuleNotFoundError:
-        return Build(None, None, "this is a portable-only installation, built without nvcc")
+        return Build(None, None, NO_EXTENSION)
     except ImportError as error:
         return Build(None, None, f"the compiled extension does not load: {error}")
     for target, stages in extension.registrations().items():
