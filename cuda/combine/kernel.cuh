@@ -21,9 +21,13 @@ inline constexpr int kVectors = 2;  // float4 per lane
 inline constexpr int kUnitColumns = kVectors * 32 * 4;
 inline constexpr int kUnitsPerRow = kHeadDimV / kUnitColumns;
 
-// Blocks per part: enough for a share that is a whole request's rows, one unit per warp.
+// Blocks per part: one unit per warp in a share that is a whole request's rows, up to a limit. Two
+// blocks fit an SM, so more would only queue up, also where nothing is split and all leave at once.
+inline constexpr int kMostBlocksPerPart = 8;
+
 inline long long blocks_per_part(long long rows) {
-  return (rows * kUnitsPerRow + kWarps - 1) / kWarps;
+  const long long blocks = (rows * kUnitsPerRow + kWarps - 1) / kWarps;
+  return blocks < kMostBlocksPerPart ? blocks : kMostBlocksPerPart;
 }
 
 // Warps that share a unit.
