@@ -1,6 +1,7 @@
 """What a measurement was taken on."""
 
 import datetime
+import pathlib
 import platform
 import subprocess
 import sys
@@ -30,10 +31,16 @@ def describe(commit: str | None = None) -> dict[str, object]:
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
         "commit": commit or _first_line("git", "describe", "--always", "--dirty", "--abbrev=40"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_without_folder, sys.argv)]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": card(),
     }
+
+
+def _without_folder(word: str) -> str:
+    """An absolute path's last part: folders are this machine's business."""
+    path = pathlib.PurePath(word)
+    return path.name if path.is_absolute() else word
 
 
 def card() -> dict[str, str] | None:
