@@ -23,7 +23,7 @@ class Chain:
     """A compiled chain and what it runs on; calling it maps ``q_latent`` to the last ``out``.
 
     Attributes:
-        compiled: Takes ``arguments(...)``.
+        compiled: The function of `chained`, compiled.
         calls: Calls per run.
         inputs: Queries, lengths, schedule.
         kv_cache: The pool.
@@ -36,15 +36,12 @@ class Chain:
     kv_cache: jax.Array
     turns: Iterator[tuple[jax.Array, ...]]
 
-    def arguments(self, q_latent: jax.Array) -> tuple[object, ...]:
-        """What the next run takes."""
-        given = self.inputs
-        tables = next(self.turns)
-        return q_latent, given.q_rope, self.kv_cache, tables, given.cache_seqlens, given.schedule
-
     def __call__(self, q_latent: jax.Array) -> jax.Array:
         """Starts a run."""
-        return self.compiled(*self.arguments(q_latent))
+        given, tables = self.inputs, next(self.turns)
+        return self.compiled(
+            q_latent, given.q_rope, self.kv_cache, tables, given.cache_seqlens, given.schedule
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,15 @@ README.md beside this file says how it measures.
 """
 
 import argparse
-import json
 import pathlib
-import sys
 
 import ceilings
 import environment
-import jax
 import report
+import script
 from contenders import OURS, XLA
 from measure import FULL, QUICK, measure
-from workload import Row, load_rows, make_pool
+from workload import Row, make_pool
 
 from jax_flashmla._roofline import H200
 from jax_flashmla._timing import Seconds
@@ -29,39 +27,34 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "h200-decode.json"
 def main() -> None:
     """Measures, prints a table, keeps the JSON up to date after every row."""
     options = _options()
-    rows = load_rows(options.rows)
-    if not rows:
-        raise SystemExit(f"error: no row matches {options.rows!r}; a row: 128x4096/h16/s1")
-    platform = jax.default_backend()
-    if options.quick:
-        rows = list(dict.fromkeys(row.shrunk() for row in rows))
-        _say(f"--quick on {platform}: tiny shapes, the numbers mean nothing")
-    elif platform != "gpu":
-        raise SystemExit(f"error: JAX runs on {platform}, the rows need a GPU (or --quick)")
+    rows = script.choose_rows(options)
     effort = QUICK if options.quick else FULL
-    out = options.out or (None if options.quick else RESULTS)
-
     kv_cache = make_pool(rows)
     env = environment.describe(options.commit)
-    _say(f"{env['device']}, {env['path']} path, pool of {kv_cache.nbytes / 1e9:.2f} GB")
+    script.say(f"{env['device']}, {env['path']} path, pool of {kv_cache.nbytes / 1e9:.2f} GB")
     limits = ceilings.measure(kv_cache, effort)
-    _say("ceilings: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
+    script.say("ceilings: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     entries = {row: entry(row) for row in rows}
     result = {"env": env, "quick": options.quick, "ceilings": limits, "rows": [*entries.values()]}
 
-    for row, seconds in measure(OURS, rows, kv_cache, effort, say=_say):
+    for row, seconds in measure(OURS, rows, kv_cache, effort, say=script.say):
         entries[row].update(times(row, seconds))
-        _write(result, out)
+        script.write(result, options, RESULTS)
     if not options.no_xla:
         # What matters most first, should the time to compile run out.
         ordered = sorted(rows, key=lambda row: (row.seqlen != 4096, row.s_q, -row.h_q))
         for row, seconds in measure(
-            XLA, ordered, kv_cache, effort, say=_say, compile_seconds=options.xla_compile_seconds
+            XLA,
+            ordered,
+            kv_cache,
+            effort,
+            say=script.say,
+            compile_seconds=options.xla_compile_seconds,
         ):
             entries[row]["xla_us"] = seconds.median * 1e6
-            _write(result, out)
+            script.write(result, options, RESULTS)
     env["card_after"] = environment.card()
-    _write(result, out)
+    script.write(result, options, RESULTS)
     print(report.table(result))
 
 
@@ -94,22 +87,8 @@ def times(row: Row, seconds: Seconds) -> dict[str, float | None]:
     }
 
 
-def _write(result: dict[str, object], out: pathlib.Path | None) -> None:
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rows", default="*", help="comma-separated patterns on names such as 128x4096/h16/s1"
-    )
-    parser.add_argument("--out", type=pathlib.Path, help=f"JSON file (default {RESULTS.name})")
+    parser = script.parser(__doc__.splitlines()[0], rows="*", results=RESULTS)
     parser.add_argument("--no-xla", action="store_true", help="leave gather + einsum out")
     parser.add_argument(
         "--xla-compile-seconds",
@@ -117,8 +96,6 @@ def _options() -> argparse.Namespace:
         default=150,
         help="XLA rows not compiled by then are left out (default %(default)s)",
     )
-    parser.add_argument("--commit", help="of the sources, where they are in no git checkout")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, checks the script")
     return parser.parse_args()
 
 

@@ -11,7 +11,6 @@ Summing up the kernels' own durations would not do: the combine starts while the
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import re
 import statistics
@@ -20,9 +19,10 @@ import subprocess
 import environment
 import jax
 import jax.numpy as jnp
+import script
 from contenders import OURS
 from measure import FULL, QUICK, time_call
-from workload import Row, load_rows, make_inputs, make_pool
+from workload import Row, make_inputs, make_pool
 
 from jax_flashmla import get_mla_metadata
 
@@ -39,17 +39,8 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "h200-overhead.json"
 def main() -> None:
     """Measures, prints a table, writes JSON."""
     options = _options()
-    rows = load_rows(options.rows)
-    if not rows:
-        raise SystemExit(f"error: no row matches {options.rows!r}; a row: 128x4096/h16/s1")
+    rows = script.choose_rows(options)[: 1 if options.quick else None]
     on_gpu = jax.default_backend() == "gpu"
-    if options.quick:
-        rows = list(dict.fromkeys(row.shrunk() for row in rows))[:1]
-        print(f"--quick on {jax.default_backend()}: tiny shapes, the numbers mean nothing")
-    elif not on_gpu:
-        raise SystemExit(
-            f"error: JAX runs on {jax.default_backend()}, a GPU is needed (or --quick)"
-        )
     layers = dataclasses.replace(OURS, min_calls=LAYERS, max_calls=LAYERS)
     kv_cache = make_pool(rows)
 
@@ -71,11 +62,8 @@ def main() -> None:
         if on_gpu:
             entry["metadata_us"] = _metadata_us(row)
         print(_line(entry), flush=True)
-    out = options.out or (None if options.quick else RESULTS)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"env": environment.describe(options.commit), "rows": entries}
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {"env": environment.describe(options.commit), "rows": entries}
+    script.write(result, options, RESULTS)
 
 
 def _replayed_us(runner: pathlib.Path, row: Row) -> float:
@@ -110,12 +98,8 @@ def _line(entry: dict[str, object]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default=ROWS, help="comma-separated patterns on row names")
+    parser = script.parser(__doc__.splitlines()[0], rows=ROWS, results=RESULTS)
     parser.add_argument("--runner", type=pathlib.Path, default=RUNNER, help="built by make runner")
-    parser.add_argument("--out", type=pathlib.Path, help=f"JSON file (default {RESULTS.name})")
-    parser.add_argument("--commit", help="of the sources, where they are in no git checkout")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, checks the script")
     return parser.parse_args()
 
 
