@@ -31,7 +31,9 @@ bool parse_options(int count, char** words, Options& o) {
                                                 {"slack_pages", &o.slack_pages},
                                                 {"stale", &o.stale},
                                                 {"check", &o.check},
-                                                {"calls", &o.calls}};
+                                                {"calls", &o.calls},
+                                                {"replay_ms", &o.replay_ms},
+                                                {"ceiling", &o.ceiling}};
   for (int i = 1; i < count; ++i) {
     const std::string word = words[i];
     const size_t equals = word.find('=');

@@ -23,6 +23,8 @@ struct Options {
   int stale = 0;             // schedule made for lengths + stale (wrong results, no fault)
   int check = 1;             // compare with float64 on the host
   int calls = 0;             // > 0: time a graph of so many calls over rotating KV sets instead
+  int ceiling = 0;           // time reading memory instead
+  int replay_ms = 0;         // with calls: how long each timed repeat replays; 0: one graph
   float sigma = 1.f;         // spread of the logits
   std::vector<int> lengths;  // len=: one for all, or one per request
 };
