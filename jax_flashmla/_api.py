@@ -166,7 +166,7 @@ def mla_decode(
         cache_seqlens=cache_seqlens,
     )
     shape = _shapes.split_decode_shape(*arrays)
-    _dispatch.check_request(implementation, arrays[0].dtype)
+    _dispatch.check_request(implementation, _dispatch.dtype_refusal(arrays[0].dtype))
     given, parts = _checked_parts(schedule, num_sm_parts, shape)
     return _primitives.decode(
         arrays,

@@ -70,7 +70,7 @@ def status() -> Status:
     """
     on_gpu = jax.default_backend() == "gpu" and local_gpu() is not None
     device = local_gpu() if on_gpu else jax.local_devices()[0]
-    refusal = _kernel_refusal(jnp.bfloat16) if on_gpu else _not_cuda(device.platform)
+    refusal = _cuda_refusal() if on_gpu else _not_cuda(device.platform)
     capability = f" (compute capability {device.compute_capability})" if on_gpu else ""
     return Status(
         version=version(),
@@ -81,24 +81,30 @@ def status() -> Status:
     )
 
 
-def check_request(implementation: Implementation, dtype: DTypeLike) -> None:
+def dtype_refusal(dtype: DTypeLike) -> str | None:
+    """Says why no kernel computes in a dtype, None when one does."""
+    return "float32 has no kernel, bfloat16 and float16 have" if dtype == jnp.float32 else None
+
+
+def check_request(implementation: Implementation, refusal: str | None) -> None:
     """Rejects at trace time what no later lowering could make right.
 
     Args:
         implementation: the `implementation` argument of the public functions.
-        dtype: of the queries and the cache.
+        refusal: why the operands have no kernel, None when they have one.
 
     Raises:
-        ValueError: for an unknown name, or "cuda" with a dtype that has no kernel.
+        ValueError: for an unknown name, or "cuda" with operands that have no kernel.
     """
     if implementation not in (None, "cuda", "xla"):
         raise ValueError(f"implementation: got {implementation!r}, expected None, 'cuda' or 'xla'")
-    refusal = _dtype_refusal(dtype)
     if implementation == "cuda" and refusal:
         raise ValueError(f"implementation: got 'cuda', which cannot run: {refusal}")
 
 
-def takes_kernel(implementation: Implementation, dtype: DTypeLike, platform: str) -> bool:
+def takes_kernel(
+    operation: str, implementation: Implementation, refusal: str | None, platform: str
+) -> bool:
     """Decides, while lowering for `platform`, whether the kernel runs.
 
     A GPU that is not visible is taken to be a Hopper GPU with the kernels installed: that is how
@@ -106,9 +112,10 @@ def takes_kernel(implementation: Implementation, dtype: DTypeLike, platform: str
     the program is loaded, so the extension need not be there either.
 
     Args:
+        operation: what the warning calls it.
         implementation: "xla" for the portable lowering, "cuda" for the kernel or an error, None
             for the kernel where it can run. None warns when a CUDA device gets the portable one.
-        dtype: of the queries and the cache.
+        refusal: why the operands have no kernel, None when they have one.
         platform: "cuda", or anything else.
 
     Raises:
@@ -116,19 +123,17 @@ def takes_kernel(implementation: Implementation, dtype: DTypeLike, platform: str
     """
     if implementation == "xla":
         return False
-    refusal = _kernel_refusal(dtype) if platform == "cuda" else _not_cuda(platform)
+    refusal = (refusal or _cuda_refusal()) if platform == "cuda" else _not_cuda(platform)
     if refusal and implementation == "cuda":
         raise RuntimeError(f"implementation: got 'cuda', which cannot run here: {refusal}")
     if refusal and platform == "cuda":
-        warnings.warn(f"MLA decode takes the slow portable path: {refusal}", stacklevel=2)
+        warnings.warn(f"{operation} takes the slow portable path: {refusal}", stacklevel=2)
     return refusal is None
 
 
-def _kernel_refusal(dtype: DTypeLike) -> str | None:
-    """Says why the kernel cannot run on CUDA, None when it can."""
+def _cuda_refusal() -> str | None:
+    """Says why no kernel can run on the local GPU, None when kernels can."""
     gpu, missing = local_gpu(), _ffi.load().missing
-    if refusal := _dtype_refusal(dtype):
-        return refusal
     if gpu is None:
         return None
     if missing:
@@ -139,10 +144,6 @@ def _kernel_refusal(dtype: DTypeLike) -> str | None:
             f" the kernel needs {KERNEL_COMPUTE_CAPABILITY} (Hopper)"
         )
     return None
-
-
-def _dtype_refusal(dtype: DTypeLike) -> str | None:
-    return "float32 has no kernel, bfloat16 and float16 have" if dtype == jnp.float32 else None
 
 
 def _not_cuda(platform: str) -> str:

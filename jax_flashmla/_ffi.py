@@ -8,6 +8,9 @@ import jax
 
 SCHEDULE_TARGET = "jax_flashmla_schedule"
 DECODE_TARGET = "jax_flashmla_decode"
+APPEND_TARGET = "jax_flashmla_append"
+GATHER_TARGET = "jax_flashmla_gather"
+MERGE_TARGET = "jax_flashmla_merge"
 NO_EXTENSION = "a portable-only installation, built without nvcc, or the source folder itself"
 
 

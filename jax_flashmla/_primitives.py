@@ -1,22 +1,18 @@
-"""The two primitives: shapes, lowerings, batching, and the inference-only error.
+"""The primitives of a decode step: shapes, lowerings, batching; `_operation` says what all share.
 
-Each primitive is device-local. Its lowering for CUDA is the FFI custom call, its lowering for any
-other platform the pure-JAX definition; `_dispatch` may choose the latter on CUDA too. Around the
-decode primitive stand, from the outside in, the rule that refuses derivatives and the rule that
-folds a mapped axis into the batch.
+Around the decode primitive stand, from the outside in, the rule that refuses derivatives and the
+rule that folds a mapped axis into the batch.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import mlir, xla
 
-from jax_flashmla import _dispatch, _ffi, _manual_axes, _shapes, reference
+from jax_flashmla import _dispatch, _ffi, _manual_axes, _operation, _shapes, reference
 from jax_flashmla import schedule as _schedule
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla.schedule import Schedule
@@ -109,21 +105,7 @@ def _decode_function(
         unfolded = [x.reshape(axis_size, batch, *x.shape[1:]) for x in (out, lse)]
         return unfolded, [True, True]
 
-    return _inference_only(call)
-
-
-def _inference_only(function: Callable) -> Callable:
-    wrapped = jax.custom_jvp(function)
-
-    @wrapped.defjvp
-    def refuse(primals: Sequence, tangents: Sequence) -> NoReturn:
-        del primals, tangents
-        raise NotImplementedError(
-            "jax_flashmla is inference-only: MLA decode has no derivative. Where it appears inside"
-            " a differentiated function, pass its inputs through jax.lax.stop_gradient."
-        )
-
-    return wrapped
+    return _operation.inference_only("MLA decode", call)
 
 
 def _fold_batch(axis_size: int, in_batched: Sequence[bool], arrays: Arrays) -> Arrays:
@@ -133,13 +115,9 @@ def _fold_batch(axis_size: int, in_batched: Sequence[bool], arrays: Arrays) -> A
             "kv_cache: got a page pool mapped by vmap, expected one pool for all: put the pages"
             " in one pool [num_pages, 64, h_kv, 576] and map the block table over it"
         )
-
-    def fold(array: jax.Array, batched: bool) -> jax.Array:
-        full = array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
-        return full.reshape(axis_size * full.shape[1], *full.shape[2:])
-
-    folded = [fold(array, batched) for array, batched in zip(arrays, in_batched, strict=True)]
-    return (*folded[:2], arrays[2], *folded[3:])
+    queries = _operation.fold_leading(axis_size, in_batched[:2], arrays[:2])
+    requests = _operation.fold_leading(axis_size, in_batched[3:], arrays[3:])
+    return (*queries, arrays[2], *requests)
 
 
 # Abstract evaluation.
@@ -174,7 +152,7 @@ def _decode_results(
     shape = _shapes.decode_shape(*arrays)
     _shapes.check_schedule(metadata, num_splits, shape.batch, None)
     dtype = arrays[0].dtype
-    _dispatch.check_request(implementation, dtype)
+    _dispatch.check_request(implementation, _refusal(*arrays))
     return [
         _manual_axes.result(operands, shape.out, dtype),
         _manual_axes.result(operands, shape.lse, jnp.float32),
@@ -227,24 +205,15 @@ def _kernel_decode(
     return call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)[:2]
 
 
-def _lowering(kernel: Callable, portable: Callable, platform: str) -> Callable:
-    """Chooses between kernel and portable definition when a program is lowered."""
-
-    def chosen(*operands: jax.Array, implementation: Implementation, **static: object) -> Sequence:
-        takes_kernel = _dispatch.takes_kernel(implementation, operands[0].dtype, platform)
-        function = kernel if takes_kernel else portable
-        return function(*operands, implementation=implementation, **static)
-
-    return mlir.lower_fun(chosen, multiple_results=True)
+def _refusal(*operands: jax.Array) -> str | None:
+    return _dispatch.dtype_refusal(operands[0].dtype)
 
 
-def _define(primitive: Primitive, results: Callable, kernel: Callable, portable: Callable) -> None:
-    primitive.multiple_results = True
-    primitive.def_abstract_eval(results)
-    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    mlir.register_lowering(primitive, _lowering(kernel, portable, "cuda"), platform="cuda")
-    mlir.register_lowering(primitive, _lowering(kernel, portable, "another one"))
-
-
-_define(schedule_p, _schedule_results, _kernel_schedule, _portable_schedule)
-_define(decode_p, _decode_results, _kernel_decode, _portable_decode)
+_operation.define(
+    schedule_p,
+    _operation.Rules("MLA decode", _schedule_results, _kernel_schedule, _portable_schedule),
+)
+_operation.define(
+    decode_p,
+    _operation.Rules("MLA decode", _decode_results, _kernel_decode, _portable_decode, _refusal),
+)

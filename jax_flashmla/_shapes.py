@@ -83,10 +83,10 @@ def split_decode_shape(
         ValueError: a shape is wrong.
         TypeError: a dtype is wrong.
     """
-    _check_shape("q_latent", q_latent, ("b", "s_q", "h_q", KV_LORA_RANK))
-    _check_shape("q_rope", q_rope, (*q_latent.shape[:3], ROPE_DIM))
-    _check_float("q_latent", q_latent)
-    _check_dtype("q_rope", q_rope, q_latent.dtype)
+    check_shape("q_latent", q_latent, ("b", "s_q", "h_q", KV_LORA_RANK))
+    check_shape("q_rope", q_rope, (*q_latent.shape[:3], ROPE_DIM))
+    check_float("q_latent", q_latent)
+    check_dtype("q_rope", q_rope, q_latent.dtype)
     return _decode_shape(q_latent, "kv_cache", kv_cache, block_table, cache_seqlens)
 
 
@@ -99,8 +99,8 @@ def joined_decode_shape(
         ValueError: a shape is wrong.
         TypeError: a dtype is wrong.
     """
-    _check_shape("q", q, ("b", "s_q", "h_q", HEAD_DIM_QK))
-    _check_float("q", q)
+    check_shape("q", q, ("b", "s_q", "h_q", HEAD_DIM_QK))
+    check_float("q", q)
     return _decode_shape(q, "k_cache", k_cache, block_table, cache_seqlens)
 
 
@@ -113,7 +113,7 @@ def decode_shape(
 ) -> DecodeShape:
     """Checks the operands of the primitive: queries in two parts, or the joined array twice."""
     if q_rope.shape[-1:] == (HEAD_DIM_QK,):
-        _check_shape("q_latent", q_latent, q_rope.shape)
+        check_shape("q_latent", q_latent, q_rope.shape)
         return joined_decode_shape(q_latent, kv_cache, block_table, cache_seqlens)
     return split_decode_shape(q_latent, q_rope, kv_cache, block_table, cache_seqlens)
 
@@ -128,10 +128,10 @@ def check_schedule(
         TypeError: a dtype is wrong.
     """
     name = "tile_scheduler_metadata"
-    _check_shape(name, tile_scheduler_metadata, ("num_sm_parts", TileSchedulerMetaDataSize))
-    _check_dtype(name, tile_scheduler_metadata, jnp.int32)
-    _check_shape("num_splits", num_splits, (batch + 1,))
-    _check_dtype("num_splits", num_splits, jnp.int32)
+    check_shape(name, tile_scheduler_metadata, ("num_sm_parts", TileSchedulerMetaDataSize))
+    check_dtype(name, tile_scheduler_metadata, jnp.int32)
+    check_shape("num_splits", num_splits, (batch + 1,))
+    check_dtype("num_splits", num_splits, jnp.int32)
     parts = tile_scheduler_metadata.shape[0]
     if parts < 1:
         raise ValueError(f"{name}: got 0 rows, expected at least 1")
@@ -142,8 +142,8 @@ def check_schedule(
 
 def check_seqlens(cache_seqlens: jax.Array) -> int:
     """Checks the lengths that a schedule is made for and returns the batch."""
-    _check_shape("cache_seqlens", cache_seqlens, ("b",))
-    _check_dtype("cache_seqlens", cache_seqlens, jnp.int32)
+    check_shape("cache_seqlens", cache_seqlens, ("b",))
+    check_dtype("cache_seqlens", cache_seqlens, jnp.int32)
     return cache_seqlens.shape[0]
 
 
@@ -219,12 +219,12 @@ def _decode_shape(
 ) -> DecodeShape:
     """Checks everything that does not depend on how the queries come."""
     batch, s_q, h_q, _ = q.shape
-    _check_shape(cache_name, kv_cache, ("num_pages", PAGE_SIZE, "h_kv", HEAD_DIM_QK))
-    _check_dtype(cache_name, kv_cache, q.dtype)
-    _check_shape("block_table", block_table, (batch, "max_pages_per_seq"))
-    _check_dtype("block_table", block_table, jnp.int32)
-    _check_shape("cache_seqlens", cache_seqlens, (batch,))
-    _check_dtype("cache_seqlens", cache_seqlens, jnp.int32)
+    check_shape(cache_name, kv_cache, ("num_pages", PAGE_SIZE, "h_kv", HEAD_DIM_QK))
+    check_dtype(cache_name, kv_cache, q.dtype)
+    check_shape("block_table", block_table, (batch, "max_pages_per_seq"))
+    check_dtype("block_table", block_table, jnp.int32)
+    check_shape("cache_seqlens", cache_seqlens, (batch,))
+    check_dtype("cache_seqlens", cache_seqlens, jnp.int32)
     num_pages, _, h_kv, _ = kv_cache.shape
     if h_kv < 1 or h_q % h_kv:
         raise ValueError(
@@ -234,7 +234,7 @@ def _decode_shape(
     return DecodeShape(batch, s_q, h_q, h_kv, num_pages, block_table.shape[1])
 
 
-def _check_shape(name: str, array: jax.Array, expected: Dims) -> None:
+def check_shape(name: str, array: jax.Array, expected: Dims) -> None:
     """Compares a shape; names in `expected` stand for dimensions that are free."""
     wrong = len(array.shape) != len(expected) or any(
         isinstance(want, int) and have != want
@@ -245,12 +245,14 @@ def _check_shape(name: str, array: jax.Array, expected: Dims) -> None:
         raise ValueError(f"{name}: got shape {list(array.shape)}, expected [{dims}]")
 
 
-def _check_dtype(name: str, array: jax.Array, expected: jnp.dtype) -> None:
+def check_dtype(name: str, array: jax.Array, expected: jnp.dtype) -> None:
+    """Compares a dtype."""
     if array.dtype != jnp.dtype(expected):
         raise TypeError(f"{name}: got {array.dtype}, expected {jnp.dtype(expected).name}")
 
 
-def _check_float(name: str, array: jax.Array) -> None:
+def check_float(name: str, array: jax.Array) -> None:
+    """Accepts the dtypes that a cache may have."""
     if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise TypeError(f"{name}: got {array.dtype}, expected bfloat16, float16 or float32")
 

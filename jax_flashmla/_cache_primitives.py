@@ -1,0 +1,168 @@
+"""The primitives of the cache: append and gather."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+
+from jax_flashmla import (
+    _cache_shapes,
+    _dispatch,
+    _ffi,
+    _manual_axes,
+    _operation,
+    _pool,
+    _shapes,
+    rope,
+)
+from jax_flashmla._dispatch import Implementation
+from jax_flashmla._operation import Arrays
+
+append_p = Primitive("flashmla_append")
+gather_p = Primitive("flashmla_gather")
+
+
+def append(arrays: Arrays, *, interleave: bool, implementation: Implementation) -> jax.Array:
+    """Appends checked rows: cache, latent, rope, slots and, to rotate, cos and sin."""
+    cache, latent, *_ = arrays
+    if 0 in (cache.shape[0], latent.shape[0]):
+        return cache
+    function = _append_function(interleave, implementation)
+    return function(*_manual_axes.align(arrays))[0]
+
+
+def gather(arrays: Arrays, *, implementation: Implementation) -> jax.Array:
+    """Gathers checked tables: cache, block_table, cache_seqlens."""
+    shape = _cache_shapes.check_gather(*arrays)
+    if 0 in (*shape, arrays[0].shape[0]):
+        return jnp.zeros(shape, arrays[0].dtype)
+    return _gather_function(implementation)(*_manual_axes.align(arrays))[0]
+
+
+# The functions around the primitives, one per set of static arguments.
+
+
+@functools.cache
+def _append_function(interleave: bool, implementation: Implementation) -> Callable:
+    static = {"interleave": interleave, "implementation": implementation}
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: jax.Array) -> list[jax.Array]:
+        return append_p.bind(*arrays, **static)
+
+    @call.def_vmap
+    def fold(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple:
+        if not in_batched[0]:
+            raise ValueError(
+                "cache: got one page pool for rows mapped by vmap, expected a pool mapped with"
+                " them: append the rows of all requests in one call, latent [n, 512]"
+            )
+        cache, *rows = _operation.spread(axis_size, in_batched, arrays)
+        slots = _offset(rows[2], cache.shape[1] * _shapes.PAGE_SIZE)
+        folded = [x.reshape(-1, *x.shape[2:]) for x in (cache, *rows[:2], slots, *rows[3:])]
+        return [append(tuple(folded), **static).reshape(cache.shape)], [True]
+
+    return _operation.inference_only("append", call)
+
+
+@functools.cache
+def _gather_function(implementation: Implementation) -> Callable:
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: jax.Array) -> list[jax.Array]:
+        return gather_p.bind(*arrays, implementation=implementation)
+
+    @call.def_vmap
+    def fold(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple:
+        cache = arrays[0]
+        table, lengths = _operation.spread(axis_size, in_batched[1:], arrays[1:])
+        if in_batched[0]:
+            table = _offset(table, cache.shape[1])
+            cache = cache.reshape(-1, *cache.shape[2:])
+        folded = cache, table.reshape(-1, table.shape[2]), lengths.reshape(-1)
+        pages = gather(folded, implementation=implementation)
+        return [pages.reshape(axis_size, -1, *pages.shape[1:])], [True]
+
+    return _operation.inference_only("gather", call)
+
+
+def _offset(indices: jax.Array, size: int) -> jax.Array:
+    """Lets row i of `[axis_size, ...]` point into the i-th of several pools laid end to end."""
+    which = jnp.arange(indices.shape[0], dtype=jnp.int32)
+    return _pool.offset(indices, which.reshape(-1, *[1] * (indices.ndim - 1)), size)
+
+
+# Abstract evaluation.
+
+_APPEND_OPERANDS = ("cache", "latent", "rope", "slots", "cos", "sin")
+_GATHER_OPERANDS = ("cache", "block_table", "cache_seqlens")
+
+
+def _append_results(
+    *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
+) -> list[jax.core.ShapedArray]:
+    for name, operand in zip(_APPEND_OPERANDS, operands, strict=False):
+        _shapes.check_not_sharded(name, operand)
+    _cache_shapes.check_append(*operands)
+    _dispatch.check_request(implementation, _refusal(*operands))
+    return [_manual_axes.result(operands, operands[0].shape, operands[0].dtype)]
+
+
+def _gather_results(
+    *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
+) -> list[jax.core.ShapedArray]:
+    for name, operand in zip(_GATHER_OPERANDS, operands, strict=True):
+        _shapes.check_not_sharded(name, operand)
+    shape = _cache_shapes.check_gather(*operands)
+    _dispatch.check_request(implementation, _refusal(*operands))
+    return [_manual_axes.result(operands, shape, operands[0].dtype)]
+
+
+# Lowerings.
+
+
+def _portable_append(*operands: jax.Array, interleave: bool, **_: object) -> list[jax.Array]:
+    """Scatters whole rows; XLA does it in place where the cache may be overwritten."""
+    cache, latent, key, slots, *rotation = operands
+    if rotation:
+        key = rope.rotate(key, *rotation, interleave=interleave)
+    rows = jnp.concatenate([latent, key], axis=-1)
+    page, offset = slots // _shapes.PAGE_SIZE, slots % _shapes.PAGE_SIZE
+    places = cache.at[page, offset, 0]  # a flat view of the tokens would cost copies of the cache
+    return [places.set(rows, mode="drop", wrap_negative_indices=False)]
+
+
+def _kernel_append(*operands: jax.Array, interleave: bool, **static: object) -> Sequence[jax.Array]:
+    results = _append_results(*map(jax.typeof, operands), **static)
+    call = jax.ffi.ffi_call(_ffi.APPEND_TARGET, results, input_output_aliases={0: 0})
+    return call(*operands, interleave=interleave)
+
+
+def _portable_gather(
+    cache: jax.Array, block_table: jax.Array, cache_seqlens: jax.Array, **_: object
+) -> list[jax.Array]:
+    pages = cache.at[block_table].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    tokens = pages.reshape(block_table.shape[0], -1, *cache.shape[2:])
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    inside = positions[None] < cache_seqlens[:, None]
+    return [jnp.where(inside[..., None, None], tokens, 0)]
+
+
+def _kernel_gather(*operands: jax.Array, **static: object) -> Sequence[jax.Array]:
+    results = _gather_results(*map(jax.typeof, operands), **static)
+    return jax.ffi.ffi_call(_ffi.GATHER_TARGET, results)(*operands)
+
+
+def _refusal(*operands: jax.Array) -> str | None:
+    return _dispatch.dtype_refusal(operands[0].dtype)
+
+
+_operation.define(
+    append_p,
+    _operation.Rules("append", _append_results, _kernel_append, _portable_append, _refusal),
+)
+_operation.define(
+    gather_p,
+    _operation.Rules("gather", _gather_results, _kernel_gather, _portable_gather, _refusal),
+)
