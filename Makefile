@@ -10,13 +10,17 @@ cpp_sources := $(shell find cuda tests -name '*.h' -o -name '*.cc' -o -name '*.c
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test gpu-test lint runner clean
+.PHONY: demo test judge gpu-test lint runner clean
 
 demo: $(VENV)/installed  ## decode batches of a serving trace; ARGS="--trace FILE" for your own
 	$(VENV)/bin/python -P -m jax_flashmla $(ARGS)
 
 test: $(VENV)/installed  ## the tests that need no GPU
 	$(VENV)/bin/pytest -m "not gpu" $(ARGS)
+
+judge: $(VENV)/installed  ## the MLA layer against transformers; installs torch (CPU: Python 3.11)
+	$(VENV)/bin/python -m pip install -q "$$(echo $(VENV)/wheel/*.whl)[judge]"
+	$(VENV)/bin/pytest tests/judge --require-judge $(ARGS)
 
 gpu-test: $(VENV)/installed runner  ## all GPU checks; writes tests/gpu_record.json
 	$(VENV)/bin/python -m pip install -q "jax[cuda13]"

@@ -1,0 +1,27 @@
+"""Multi-head latent attention as a layer: absorbed projections around `mla_decode`.
+
+README.md in this folder explains it; `jax_flashmla.mla.nnx` is the same as Flax NNX modules.
+"""
+
+from jax_flashmla.mla.config import ConfigError, MLAConfig, Yarn
+from jax_flashmla.mla.layer import decode, rms_norm
+from jax_flashmla.mla.prefill import prefill
+from jax_flashmla.mla.rope_table import cos_sin
+from jax_flashmla.mla.step import Step, decode_step, prefill_step
+from jax_flashmla.mla.weights import MLAWeights, WeightsError, load_weights
+
+__all__ = [
+    "ConfigError",
+    "MLAConfig",
+    "MLAWeights",
+    "Step",
+    "WeightsError",
+    "Yarn",
+    "cos_sin",
+    "decode",
+    "decode_step",
+    "load_weights",
+    "prefill",
+    "prefill_step",
+    "rms_norm",
+]

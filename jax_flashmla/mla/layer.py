@@ -1,0 +1,162 @@
+"""The absorbed MLA layer: projections, append, decode, projections back.
+
+A head's logit is `q_nope . (W_UK c) + q_rope . k_rope` for a token's latent c and rotary key. With
+W_UK moved to the other side, `(W_UK^T q_nope) . c`, all heads attend to the same cached row
+(c, k_rope): one KV head, whose latent is also the value, and W_UV maps each head's result back.
+That is the absorption of DeepSeek-V2 (arXiv:2405.04434, 2.1.2); README.md in this folder is its
+page.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashmla import _shapes, cache
+from jax_flashmla._api import mla_decode
+from jax_flashmla._dispatch import Implementation
+from jax_flashmla.mla.config import MLAConfig
+from jax_flashmla.mla.step import Step
+from jax_flashmla.mla.weights import MLAWeights
+from jax_flashmla.rope import rotate
+
+
+def decode(
+    weights: MLAWeights,
+    config: MLAConfig,
+    x: jax.Array,
+    pool: jax.Array,
+    step: Step,
+    *,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs one layer on the newest s_q tokens of each request.
+
+    In five lines::
+
+        q_nope, q_rope, latent, k_rope = project(weights, config, x, step.cos, step.sin)
+        pool = append(pool, latent, k_rope, step.slots)                      # rotates k_rope
+        q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, weights.key_up)
+        out, _ = mla_decode(q_latent, q_rope, pool, ..., softmax_scale=config.softmax_scale)
+        y = jnp.einsum("bshc,hcv->bshv", out, weights.value_up), then the output projection
+
+    Args:
+        weights: of the layer.
+        config: of the model.
+        x: normalised hidden states `[b, s_q, hidden]`, in the dtype of weights and pool. Rows that
+            pad the batch may hold anything.
+        pool: page pool `[num_pages, 64, 1, 576]`; donate it to the outermost `jax.jit`.
+        step: from `decode_step`, for a flat pool `step.at_layer(layer, num_pages)`.
+        implementation: as in `mla_decode`, for append and attention.
+
+    Returns:
+        `[b, s_q, hidden]` to add to the residual stream, 0 (or the output's bias) on rows of length
+        0, and the pool with the new tokens.
+
+    Raises:
+        ValueError: a shape is wrong.
+        TypeError: a dtype is wrong.
+    """
+    q_nope, q_rope, pool = project_and_append(
+        weights, config, x, pool, step, implementation=implementation
+    )
+    out, _ = mla_decode(
+        absorb(weights, q_nope),
+        q_rope,
+        pool,
+        step.block_table,
+        step.cache_seqlens,
+        softmax_scale=config.softmax_scale,
+        schedule=step.schedule,
+        implementation=implementation,
+    )
+    return project_out(weights, jnp.einsum("bshc,hcv->bshv", out, weights.value_up)), pool
+
+
+def project_and_append(
+    weights: MLAWeights,
+    config: MLAConfig,
+    x: jax.Array,
+    pool: jax.Array,
+    step: Step,
+    *,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Projects x to queries and cached rows, and writes the rows into the pool.
+
+    Returns:
+        q_nope `[b, s_q, h_q, qk_nope_head_dim]`, rotated q_rope `[b, s_q, h_q, 64]`, the pool.
+    """
+    _check(weights, config, x, pool, step)
+    q_nope, q_rope, latent, k_rope = project(weights, config, x, step.cos, step.sin)
+    pool = cache.append(
+        pool,
+        latent.reshape(-1, latent.shape[-1]),
+        k_rope.reshape(-1, k_rope.shape[-1]),
+        step.slots.reshape(-1),
+        cos=step.cos.reshape(-1, step.cos.shape[-1]),
+        sin=step.sin.reshape(-1, step.sin.shape[-1]),
+        rope_interleave=config.rope_interleave,
+        implementation=implementation,
+    )
+    return q_nope, q_rope, pool
+
+
+def project(
+    weights: MLAWeights, config: MLAConfig, x: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Projects hidden states to queries and to what is cached.
+
+    Args:
+        weights: of the layer.
+        config: of the model.
+        x: `[b, s_q, hidden]`.
+        cos: float32 `[b, s_q, 32]`.
+        sin: float32 `[b, s_q, 32]`.
+
+    Returns:
+        q_nope `[b, s_q, h_q, qk_nope_head_dim]`, q_rope `[b, s_q, h_q, 64]` rotated, latent
+        `[b, s_q, 512]` normalised, k_rope `[b, s_q, 64]` not rotated: the append does that.
+    """
+    low = x @ weights.down
+    if weights.down_bias is not None:
+        low += weights.down_bias.reshape(1, 1, -1)
+    rank = config.q_lora_rank or 0
+    latent = low[..., rank : rank + config.kv_lora_rank]
+    k_rope = low[..., rank + config.kv_lora_rank :]
+    if weights.query_norm is not None:
+        x = rms_norm(low[..., :rank], weights.query_norm, config.latent_norm_eps)
+    q = jnp.einsum("bsr,rhd->bshd", x, weights.query_up)
+    q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
+    by_head = cos[..., None, :], sin[..., None, :]
+    q_rope = rotate(q_rope, *by_head, interleave=config.rope_interleave)
+    return q_nope, q_rope, rms_norm(latent, weights.latent_norm, config.latent_norm_eps), k_rope
+
+
+def absorb(weights: MLAWeights, q_nope: jax.Array) -> jax.Array:
+    """Applies W_UK to the queries: `[b, s_q, h_q, qk_nope_head_dim]` to `[b, s_q, h_q, 512]`."""
+    return jnp.einsum("bshn,hnc->bshc", q_nope, weights.key_up)
+
+
+def project_out(weights: MLAWeights, out: jax.Array) -> jax.Array:
+    """Maps the heads' results `[b, s_q, h_q, v_head_dim]` back to `[b, s_q, hidden]`."""
+    y = jnp.einsum("bshv,hvd->bsd", out, weights.output)
+    return y if weights.output_bias is None else y + weights.output_bias.reshape(1, 1, -1)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last dimension, in float32, rounded once."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
+    row = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (wide * scale * row).astype(x.dtype)
+
+
+def _check(
+    weights: MLAWeights, config: MLAConfig, x: jax.Array, pool: jax.Array, step: Step
+) -> None:
+    """Checks what the operations called below would name in words of their own."""
+    _shapes.check_shape("x", x, (*step.slots.shape, config.hidden_size))
+    _shapes.check_float("x", x)
+    _shapes.check_dtype("pool", pool, x.dtype)
+    for name, array in weights._asdict().items():
+        if array is not None:
+            _shapes.check_dtype(f"weights.{name}", array, x.dtype)
