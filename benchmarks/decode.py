@@ -1,99 +1,156 @@
-"""Times one decode op on the rows of peers-h200.json, and what XLA offers beside it.
+"""Times one decode op beside its peers, on the rows of peers-h200.json.
 
-    python benchmarks/decode.py                        # all rows to results/h200-decode.json
+    python benchmarks/decode.py --flashmla-op PATH --fa3-op PATH    # results/h200-decode.json
     python benchmarks/decode.py --rows '128x*/h128/*' --no-xla --out some.json
-    python benchmarks/decode.py --quick                # tiny shapes: checks the script only
+    python benchmarks/decode.py --heads --no-xla --out h.json      # head counts between the table's
+    python benchmarks/decode.py --quick                             # tiny shapes: checks the script
 
-README.md beside this file says how it measures.
+README.md beside this file says how it measures, report.py what it means.
 """
 
 import argparse
+import dataclasses
+import os
 import pathlib
+import time
 
+import card
 import ceilings
 import environment
+import jax
+import lanes
+import measure
+import peers
 import report
 import script
-from contenders import OURS, XLA
-from measure import FULL, QUICK, measure
-from workload import Row, make_pool
+from contenders import OURS, XLA, Chain
+from workload import Inputs, Row, load_head_rows, load_rows, make_pool
 
-from jax_flashmla._roofline import H200
 from jax_flashmla._timing import Seconds
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "h200-decode.json"
 
 
 def main() -> None:
-    """Measures, prints a table, keeps the JSON up to date after every row."""
+    """Measures, keeps the JSON up to date after every row, prints tables and verdicts."""
     options = _options()
-    rows = script.choose_rows(options)
-    effort = QUICK if options.quick else FULL
+    # Read when JAX first uses the GPU: torch needs some of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    rows = script.choose_rows(options, load_head_rows if options.heads else load_rows)
+    effort = measure.QUICK if options.quick else measure.FULL
     kv_cache = make_pool(rows)
     env = environment.describe(options.commit)
     script.say(f"{env['device']}, {env['path']} path, pool of {kv_cache.nbytes / 1e9:.2f} GB")
-    limits = ceilings.measure(kv_cache, effort)
+    beside, left_out = _peers(options)
+    limits = ceilings.measure(kv_cache, effort, options.runner)
     script.say("ceilings: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
-    entries = {row: entry(row) for row in rows}
-    result = {"env": env, "quick": options.quick, "ceilings": limits, "rows": [*entries.values()]}
+    chains = _compile(options, rows, kv_cache)
 
-    for row, seconds in measure(OURS, rows, kv_cache, effort, say=script.say):
-        entries[row].update(times(row, seconds))
-        script.write(result, options, RESULTS)
-    if not options.no_xla:
-        # What matters most first, should the time to compile run out.
-        ordered = sorted(rows, key=lambda row: (row.seqlen != 4096, row.s_q, -row.h_q))
-        for row, seconds in measure(
-            XLA,
-            ordered,
-            kv_cache,
-            effort,
-            say=script.say,
-            compile_seconds=options.xla_compile_seconds,
-        ):
-            entries[row]["xla_us"] = seconds.median * 1e6
+    result = {
+        "kind": "decode",
+        "env": env,
+        "quick": options.quick,
+        "ceilings": limits,
+        "left_out": left_out,
+        "rows": [],
+    }
+    turns = lanes.QUICK_TURNS if options.quick else lanes.FULL_TURNS
+    ours = chains[OURS.name]
+    with card.Sampler() as sampler:
+        for row in script.progress(ours, len(ours), "rows"):
+            inputs = ours[row].inputs
+            started = [lanes.chain_lane(name, of[row]) for name, of in chains.items() if row in of]
+            started += _peer_lanes(beside, row, inputs, kv_cache, left_out)
+            begin = time.perf_counter()
+            timings = lanes.interleave(started, turns)
+            result["rows"].append(entry(row, timings, sampler.since(begin)))
             script.write(result, options, RESULTS)
+    again = ceilings.measure(kv_cache, effort, options.runner)
+    result["ceilings"] = {name: max(limits[name], again[name]) for name in limits}
     env["card_after"] = environment.card()
     script.write(result, options, RESULTS)
-    print(report.table(result))
+    print(report.text([result]))
 
 
-def entry(row: Row) -> dict[str, object]:
-    """A row of the results before anything is measured."""
+def entry(row: Row, timings: dict[str, Seconds], state: card.State | None) -> dict[str, object]:
+    """A row of the results: what was measured, and the work it stands for."""
+    us = {name: seconds.median * 1e6 for name, seconds in timings.items()}
+    ours = timings[OURS.name]
     return {
         "h_q": row.h_q,
         "s_q": row.s_q,
         "batch": row.batch,
         "seqlen": row.seqlen,
-        "us": None,
-        "floor_us": row.work.floor_seconds(H200) * 1e6,
-        "xla_us": None,
-        "best_peer": row.best_peer,
-        "best_peer_us": row.best_us,
+        "bytes": row.work.bytes,
+        "flop": row.work.flop,
+        "us": us.pop(OURS.name),
+        "us_low": ours.low * 1e6,
+        "us_high": ours.high * 1e6,
+        "xla_us": us.pop(XLA.name, None),
+        "peers_us": us,
+        "card": dataclasses.asdict(state) if state else None,
     }
 
 
-def times(row: Row, seconds: Seconds) -> dict[str, float | None]:
-    """What the time of one call means for a row."""
-    us = seconds.median * 1e6
-    return {
-        "us": us,
-        "us_low": seconds.low * 1e6,
-        "us_high": seconds.high * 1e6,
-        "tflops": row.work.flop / seconds.median / 1e12,
-        "gbps": row.work.bytes / seconds.median / 1e9,
-        "share": row.work.floor_seconds(H200) / seconds.median,
-        "ratio_to_best": us / row.best_us if row.best_us else None,
-    }
+def _peers(options: argparse.Namespace) -> tuple[list[peers.Peer], dict[str, str]]:
+    """The peers that can run here, and why the others cannot."""
+    beside, left_out = [], {}
+    for peer, path in ((peers.FLASHMLA, options.flashmla_op), (peers.FA3, options.fa3_op)):
+        if reason := peer.load(path):
+            left_out[peer.name] = reason
+            script.say(f"{peer.name}: left out, {reason}")
+        else:
+            beside.append(peer)
+    return beside, left_out
+
+
+def _compile(
+    options: argparse.Namespace, rows: list[Row], kv_cache: jax.Array
+) -> dict[str, dict[Row, Chain]]:
+    """Chains of ours for every row and of XLA's for what compiles in time."""
+    begin = time.perf_counter()
+    chains = {OURS.name: measure.build(OURS, rows, kv_cache, say=script.say)}
+    if not options.no_xla:
+        # What matters most first, should the time to compile run out.
+        ordered = sorted(rows, key=lambda row: (row.seqlen != 4096, row.s_q, -row.h_q))
+        limit = options.xla_compile_seconds
+        chains[XLA.name] = measure.build(
+            XLA, ordered, kv_cache, say=script.say, compile_seconds=limit
+        )
+    script.say(f"compiled in {time.perf_counter() - begin:.0f} s")
+    return chains
+
+
+def _peer_lanes(
+    beside: list[peers.Peer],
+    row: Row,
+    inputs: Inputs,
+    kv_cache: jax.Array,
+    left_out: dict[str, str],
+) -> list[lanes.Lane]:
+    started = []
+    for peer in beside:
+        try:
+            started.append(peer.lane(row, inputs, kv_cache, OURS.calls(row)))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            left_out[f"{peer.name} {row.name}"] = reason
+            script.say(f"{peer.name} {row.name}: left out, {reason}")
+    return started
 
 
 def _options() -> argparse.Namespace:
     parser = script.parser(__doc__.splitlines()[0], rows="*", results=RESULTS)
-    parser.add_argument("--no-xla", action="store_true", help="leave gather + einsum out")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--heads", action="store_true", help="rows of other head counts than the table's")
+    add("--flashmla-op", type=pathlib.Path, help="vLLM's _flashmla_C.abi3.so (default: vllm's)")
+    add("--fa3-op", type=pathlib.Path, help="vLLM's _vllm_fa3_C.abi3.so (default: vllm's)")
+    add("--runner", type=pathlib.Path, default=ceilings.RUNNER, help="built by make runner")
+    add("--no-xla", action="store_true", help="leave gather + einsum out")
+    add(
         "--xla-compile-seconds",
         type=float,
-        default=150,
+        default=120,
         help="XLA rows not compiled by then are left out (default %(default)s)",
     )
     return parser.parse_args()

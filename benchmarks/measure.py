@@ -1,9 +1,10 @@
-"""Compiles a contender for many rows, then times it row by row."""
+"""Compiles a contender for many rows; times one chain alone."""
 
 import concurrent.futures
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,36 +32,7 @@ class Effort:
 
 FULL = Effort(repeats=7, seconds=0.04, matmul_side=8192)
 QUICK = Effort(repeats=2, seconds=0.01, matmul_side=256)
-COMPILE_THREADS = 6
-
-
-def measure(
-    contender: Contender,
-    rows: Sequence[Row],
-    kv_cache: jax.Array,
-    effort: Effort,
-    *,
-    say: Callable[[str], None],
-    compile_seconds: float = 1e6,
-) -> Iterator[tuple[Row, Seconds]]:
-    """Yields the time of one call for each row.
-
-    Everything is compiled first, on several threads: XLA's tuning runs on the device and must not
-    overlap with a timed row.
-
-    Args:
-        contender: What to time.
-        rows: On which shapes.
-        kv_cache: The pool all rows take from.
-        effort: How long.
-        say: Gets progress lines.
-        compile_seconds: Rows not compiled by then are left out.
-    """
-    built = _build(contender, rows, kv_cache, say, compile_seconds)
-    for number, (row, chain) in enumerate(built.items(), start=1):
-        seconds = time_call(chain, effort)
-        say(f"[{number}/{len(built)}] {contender.name} {row.name}: {seconds.median * 1e6:.1f} us")
-        yield row, seconds
+COMPILE_THREADS = min(12, os.cpu_count() or 1)
 
 
 def time_call(chain: Chain, effort: Effort) -> Seconds:
@@ -73,20 +45,33 @@ def time_call(chain: Chain, effort: Effort) -> Seconds:
     return seconds.per(chain.calls)
 
 
-def _build(
+def build(
     contender: Contender,
     rows: Sequence[Row],
     kv_cache: jax.Array,
+    *,
     say: Callable[[str], None],
-    compile_seconds: float,
+    compile_seconds: float = 1e6,
 ) -> dict[Row, Chain]:
-    def build(row: Row) -> Chain:
+    """Compiles a contender's chains for many rows, on several threads.
+
+    XLA's tuning runs on the device: build all before anything is timed.
+
+    Args:
+        contender: What to compile.
+        rows: For which shapes.
+        kv_cache: The pool all rows take from.
+        say: Gets progress lines.
+        compile_seconds: Rows not compiled by then are left out.
+    """
+
+    def compiled(row: Row) -> Chain:
         return contender.compile(row, make_inputs(row, kv_cache.shape[0]), kv_cache)
 
     start = time.perf_counter()
     built = {}
     with concurrent.futures.ThreadPoolExecutor(COMPILE_THREADS) as threads:
-        jobs = {row: threads.submit(build, row) for row in rows}
+        jobs = {row: threads.submit(compiled, row) for row in rows}
         for number, (row, job) in enumerate(jobs.items(), start=1):
             left = compile_seconds - (time.perf_counter() - start)
             try:
@@ -96,6 +81,6 @@ def _build(
                 say(f"{contender.name} {row.name}: not compiled in time, left out")
             except jax.errors.JaxRuntimeError as error:
                 say(f"{contender.name} {row.name}: left out, {str(error).splitlines()[0]}")
-            else:
-                say(f"[{number}/{len(rows)}] compiled {contender.name} {row.name}")
+            if number % 10 == 0:
+                say(f"[{number}/{len(rows)}] compiled {contender.name}")
     return built

@@ -5,7 +5,8 @@
 
 Overhead = time of one call of the chain (back to back, as benchmarks/decode.py times it) minus the
 time of one call of the same launches without XLA: the standalone runner (`make runner`) replays a
-CUDA graph of 61 calls over as many KV sets. The two alternate on the same card; medians.
+CUDA graph of 61 calls over as many KV sets, on data of the same distribution and for as long. The
+two alternate on the same card; medians.
 Summing up the kernels' own durations would not do: the combine starts while the decode kernel ends.
 """
 
@@ -16,9 +17,12 @@ import re
 import statistics
 import subprocess
 
+import ceilings
 import environment
 import jax
 import jax.numpy as jnp
+import numpy as np
+import report
 import script
 from contenders import OURS
 from measure import FULL, QUICK, time_call
@@ -27,12 +31,12 @@ from workload import Row, make_inputs, make_pool
 from jax_flashmla import get_mla_metadata
 
 LAYERS = 61  # DeepSeek-V3's
-LIMIT_US = 1.5
+LIMIT_US = 1.3
+METADATA_BATCHES = (128, 4096)
+METADATA_ROWS = 128  # packed query rows per request
 PROFILED_RUNS = 7
 ALTERNATIONS = 3
-# Not the power-bound ones: there the runner's data, which draw other power, would be compared.
 ROWS = "1x4096/h16/s1,1x4096/h128/s1,16x4096/h16/s1,16x4096/h64/s1,128x1024/h16/s1"
-RUNNER = pathlib.Path(__file__).parents[1] / "build" / "runner" / "flashmla_runner"
 RESULTS = pathlib.Path(__file__).parent / "results" / "h200-overhead.json"
 
 
@@ -60,10 +64,16 @@ def main() -> None:
     # After all other timing: a profiler, once attached, may slow launches down.
     for entry, row in zip(entries, rows, strict=True):
         if on_gpu:
-            entry["metadata_us"] = _metadata_us(row)
+            entry["metadata_us"] = _metadata_us(row.lengths, row.s_q * row.h_q)
         print(_line(entry), flush=True)
-    result = {"env": environment.describe(options.commit), "rows": entries}
+    result = {
+        "kind": "overhead",
+        "env": environment.describe(options.commit),
+        "rows": entries,
+        "metadata_us": _metadata_of_batches() if on_gpu and not options.quick else {},
+    }
     script.write(result, options, RESULTS)
+    print(report.text([result]))
 
 
 def _replayed_us(runner: pathlib.Path, row: Row) -> float:
@@ -71,17 +81,29 @@ def _replayed_us(runner: pathlib.Path, row: Row) -> float:
     lengths = ",".join(str(length) for length in row.lengths)
     words = [f"h_q={row.h_q}", f"s_q={row.s_q}", f"b={row.batch}", f"len={lengths}"]
     told = subprocess.run(
-        [str(runner), *words, f"calls={LAYERS}"], capture_output=True, text=True, check=True
+        [str(runner), *words, f"calls={LAYERS}", f"replay_ms={FULL.seconds * 1e3:.0f}"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     return float(re.search(r": ([\d.]+) us", told)[1])
 
 
-def _metadata_us(row: Row) -> float:
+def _metadata_of_batches() -> dict[str, float]:
+    """Device time of the schedule of batches with lengths up to 8192."""
+    rng = np.random.default_rng(0)
+    return {
+        str(batch): _metadata_us(rng.integers(1, 8193, batch), METADATA_ROWS)
+        for batch in METADATA_BATCHES
+    }
+
+
+def _metadata_us(cache_seqlens: np.ndarray, packed_rows: int) -> float:
     """Device time of the schedule."""
     from jax.experimental.mosaic.gpu import profiler
 
-    schedule = jax.jit(lambda lengths: get_mla_metadata(lengths, row.s_q * row.h_q, 1))
-    lengths = jnp.array(row.lengths, jnp.int32)
+    schedule = jax.jit(lambda lengths: get_mla_metadata(lengths, packed_rows, 1))
+    lengths = jnp.array(cache_seqlens, jnp.int32)
     _, runs = profiler.measure(schedule, aggregate=False, iterations=PROFILED_RUNS)(lengths)
     return statistics.median(1e3 * sum(ms for _, ms in kernels) for kernels in runs)
 
@@ -99,7 +121,9 @@ def _line(entry: dict[str, object]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = script.parser(__doc__.splitlines()[0], rows=ROWS, results=RESULTS)
-    parser.add_argument("--runner", type=pathlib.Path, default=RUNNER, help="built by make runner")
+    parser.add_argument(
+        "--runner", type=pathlib.Path, default=ceilings.RUNNER, help="built by make runner"
+    )
     return parser.parse_args()
 
 

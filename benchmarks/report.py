@@ -1,12 +1,19 @@
-"""The results as a Markdown table and a few summary lines: `python benchmarks/report.py`."""
+"""Tables and verdicts from results: `python benchmarks/report.py [FILE ...]`.
 
+Files may be results of decode.py (several runs of the same rows: medians over them), overhead.py
+and trace_batches.py; without any, all in results/. ``--plot PNG`` draws the decode rows.
+"""
+
+import argparse
 import json
-import math
 import pathlib
-import sys
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "h200-decode.json"
+import goals
+import judge
+
+RESULTS = pathlib.Path(__file__).parent / "results"
 _COLUMNS = (
     "h_q",
     "s_q",
@@ -20,55 +27,158 @@ _COLUMNS = (
     "share",
     "XLA",
 )
+_GOAL_COLUMNS = ("goal", "must", "aim", "reached", "verdict")
 
 
-def table(result: dict) -> str:
-    """Rows, then geometric means over the groups that goals are set for."""
-    rows = [row for row in result["rows"] if row["us"] is not None]
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
-    lines += [_line(row) for row in rows]
-    if len(rows) < len(result["rows"]):
-        lines.append(f"\n{len(result['rows']) - len(rows)} rows were not measured")
-    compared = [row for row in rows if row["best_peer_us"]]
-    for name, group, limit in (
-        ("batch >= 32", [row for row in compared if row["batch"] >= 32], 1.3),
-        ("batch <= 16", [row for row in compared if row["batch"] <= 16], 1.7),
-        ("all", compared, 1.7),
-    ):
-        if group:
-            ratios = [row["ratio_to_best"] for row in group]
-            over = sum(ratio > limit for ratio in ratios)
-            lines.append(
-                f"\n{name}: {len(group)} rows, time over best peer {_geometric(ratios):.2f}"
-                f" (most {max(ratios):.2f}, {over} above {limit}),"
-                f" over the floor {_geometric(1 / row['share'] for row in group):.2f}"
-            )
-    return "\n".join(lines)
+def text(results: Sequence[dict]) -> str:
+    """All that results say: runs, rows, verdicts.
+
+    Args:
+        results: Of the measuring scripts, each with its ``kind``.
+    """
+    kinds = {kind: [each for each in results if each.get("kind") == kind] for kind in _KINDS}
+    parts = [describe(kinds[kind], kind) for kind in kinds if kinds[kind]]
+    return "\n\n".join(parts)
 
 
-def _line(row: dict) -> str:
-    peer = f"{row['best_peer_us']} ({row['best_peer']})" if row["best_peer_us"] else "-"
-    cells = [
-        row["h_q"],
-        row["s_q"],
-        f"{row['batch']} × {row['seqlen']}",
-        f"{row['us']:.1f}",
-        peer,
-        f"{row['ratio_to_best']:.2f}" if row["best_peer_us"] else "-",
-        f"{row['tflops']:.0f}",
-        f"{row['gbps']:.0f}",
-        f"{row['floor_us']:.1f}",
-        f"{row['share']:.0%}",
-        f"{row['xla_us']:.0f}" if row["xla_us"] else "-",
+def describe(results: Sequence[dict], kind: str) -> str:
+    """The results of one kind."""
+    about = [_about(result) for result in results]
+    tables, lines = _KINDS[kind](results)
+    return "\n\n".join(["\n".join(about), *tables, _markdown(_GOAL_COLUMNS, _cells(lines))])
+
+
+def table(rows: Sequence[judge.Judged]) -> str:
+    """The rows of `decode.py`."""
+    return _markdown(_COLUMNS, [_row(row) for row in rows])
+
+
+def _decode(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
+    rows = judge.judge(list(results))
+    lines = goals.decode_lines(rows) + goals.head_lines(rows)
+    if any(row.shape[0] not in goals.TABLED_HEADS for row in rows):
+        lines = goals.head_lines(rows)
+    return [table(rows), *_card_lines(results)], lines
+
+
+def _overhead(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
+    return [], goals.overhead_lines(_medians(results))
+
+
+def _trace(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
+    shares, balances, tables = [], [], []
+    for result in results:
+        cells = []
+        for batch in result["batches"]:
+            name = f"{batch['time_s']:.0f} s, {batch['tpot_ms']:g} ms per token, h{batch['h_q']}"
+            share = judge.floor_us(batch, result["ceilings"]) / batch["us"]
+            shares.append((batch["h_q"], share, name))
+            balances.append((batch["busiest"], name))
+            cells.append(_trace_cells(batch, share))
+        columns = ("tpot", "h_q", "time s", "requests", "tokens", "us", "share", "busiest", "error")
+        tables.append(_markdown(columns, cells))
+    return tables, goals.trace_lines(shares, balances)
+
+
+_KINDS = {"decode": _decode, "overhead": _overhead, "trace": _trace}
+
+
+def _medians(results: Sequence[dict]) -> dict:
+    """One overhead result of several: the median of each number."""
+    merged: dict = {"rows": [], "metadata_us": {}}
+    for row in results[0]["rows"]:
+        same = [each for r in results for each in r["rows"] if each["row"] == row["row"]]
+        over = [each["overhead_us"] for each in same if "overhead_us" in each]
+        if over:
+            merged["rows"].append({"row": row["row"], "overhead_us": statistics.median(over)})
+    for batch in results[0].get("metadata_us", {}):
+        values = [r["metadata_us"][batch] for r in results if batch in r.get("metadata_us", {})]
+        merged["metadata_us"][batch] = statistics.median(values)
+    return merged
+
+
+def _about(result: dict) -> str:
+    env = result["env"]
+    words = [f"{env['device']}, {env['date']}, commit {env['commit']}: {env['command']}"]
+    if limits := result.get("ceilings"):
+        words.append("ceilings: " + ", ".join(f"{name} {v:.0f}" for name, v in limits.items()))
+    if result.get("kind") == "decode":
+        scale = judge.factor(result)
+        words.append(
+            f"peers that did not run: their table times × {scale:.3f}, FA3 now over FA3 there"
+            if scale
+            else "peers that did not run: their table times as they are, FA3 did not run either"
+        )
+        words += [f"left out: {name}, {why}" for name, why in result["left_out"].items()]
+    return "\n".join(f"- {word}" for word in words)
+
+
+def _card_lines(results: Sequence[dict]) -> list[str]:
+    """The range of the card's clock and power over the rows."""
+    states = [row["card"] for result in results for row in result["rows"] if row["card"]]
+    if not states:
+        return []
+    clocks, watts = ([state[name] for state in states] for name in ("sm_mhz", "watts"))
+    return [
+        f"card, row by row: SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz, median"
+        f" {statistics.median(clocks):.0f}; power {min(watts):.0f} to {max(watts):.0f} W"
     ]
-    return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _geometric(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
+def _row(row: judge.Judged) -> tuple[str, ...]:
+    h_q, s_q, batch, seqlen = row.shape
+    return (
+        str(h_q),
+        str(s_q),
+        f"{batch} × {seqlen}",
+        f"{row.us:.1f}",
+        f"{row.best_us:.1f} ({row.best_peer})" if row.best_peer else "-",
+        f"{row.ratio:.2f}{' slower' if row.slower else ''}" if row.ratio else "-",
+        f"{row.tflops:.0f}",
+        f"{row.gbps:.0f}",
+        f"{row.floor_us:.1f}",
+        f"{row.share:.0%}",
+        f"{row.xla_us:.0f}" if row.xla_us else "-",
+    )
+
+
+def _trace_cells(batch: dict, share: float) -> tuple[str, ...]:
+    return (
+        f"{batch['tpot_ms']:g}",
+        str(batch["h_q"]),
+        f"{batch['time_s']:.0f}",
+        str(batch["requests"]),
+        f"{batch['tokens']:,}",
+        f"{batch['us']:.1f}",
+        f"{share:.1%}",
+        f"{batch['busiest']:.3f}",
+        f"{batch['error']:.2f}",
+    )
+
+
+def _cells(lines: Iterable[goals.Line]) -> list[tuple[str, ...]]:
+    return [line.cells() for line in lines]
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+
+def main() -> None:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="default: all in results/")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="PNG", help="draw the decode rows")
+    options = parser.parse_args()
+    files = options.files or sorted(RESULTS.glob("*.json"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    print(text(results))
+    if options.plot:
+        import plot
+
+        plot.draw([each for each in results if each.get("kind") == "decode"], options.plot)
 
 
 if __name__ == "__main__":
-    path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    print(table(json.loads(path.read_text(encoding="utf-8"))))
+    main()

@@ -4,9 +4,13 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
 from workload import Row, load_rows
+
+Item = TypeVar("Item")
 
 
 def parser(description: str, *, rows: str, results: pathlib.Path) -> argparse.ArgumentParser:
@@ -27,9 +31,16 @@ def parser(description: str, *, rows: str, results: pathlib.Path) -> argparse.Ar
     return made
 
 
-def choose_rows(options: argparse.Namespace) -> list[Row]:
-    """The rows asked for, tiny ones for ``--quick``; ends the script where they cannot run."""
-    rows = load_rows(options.rows)
+def choose_rows(
+    options: argparse.Namespace, load: Callable[[str], list[Row]] = load_rows
+) -> list[Row]:
+    """The rows asked for, tiny ones for ``--quick``; ends the script where they cannot run.
+
+    Args:
+        options: Of `parser`.
+        load: Maps the patterns of ``--rows`` to rows.
+    """
+    rows = load(options.rows)
     platform = jax.default_backend()
     if not rows:
         raise SystemExit(f"error: no row matches {options.rows!r}; a row: 128x4096/h16/s1")
@@ -52,3 +63,16 @@ def write(result: dict[str, object], options: argparse.Namespace, results: pathl
 def say(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
+    """Yields the items behind a progress bar, or a line every few items without tqdm."""
+    try:
+        import tqdm
+    except ImportError:
+        for number, item in enumerate(items, start=1):
+            if number % 10 == 1:
+                say(f"[{number}/{count}] {what}")
+            yield item
+    else:
+        yield from tqdm.tqdm(items, total=count, desc=what, file=sys.stderr, mininterval=1)

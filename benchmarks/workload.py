@@ -18,6 +18,8 @@ from jax_flashmla._roofline import HEAD_DIM_QK, HEAD_DIM_V, Work
 PAGE_SIZE = 64
 ROTATED_BYTES = 4.3e9  # KV bytes of all sets of a row together: nothing stays in L2
 MAX_SETS = 128
+ODD_HEADS = (4, 8, 20, 32, 40, 48, 96)
+HEAD_SHAPES = ((128, 4096), (16, 4096))
 # Feeding ``out`` back as ``q_latent`` is a linear map: keys are values, so out is the mean of many
 # random values plus SOFTMAX_SCALE * q_latent. Below 1 that dies away, here to a few hundredths. The
 # logits then come from q_rope, sized to give them the peers' standard deviation of 1.
@@ -79,6 +81,10 @@ class Row:
         """KV sets to rotate over."""
         return max(1, min(MAX_SETS, round(ROTATED_BYTES / self.work.kv_bytes)))
 
+    def matches(self, patterns: str) -> bool:
+        """Whether the name matches one of the comma-separated patterns."""
+        return any(fnmatch.fnmatch(self.name, pattern) for pattern in patterns.split(","))
+
     def shrunk(self) -> "Row":
         """The same row small enough for a CPU; no peer has a time for it."""
         seqlen = min(self.seqlen, 130) if isinstance(self.seqlen, int) else "var96"
@@ -92,9 +98,18 @@ def load_rows(patterns: str = "*") -> list[Row]:
         best = entry["best_us"]
         peer = next(name for name, us in entry["peers_us"].items() if us == best)
         row = Row(entry["h_q"], entry["s_q"], entry["batch"], entry["seqlen"], best, peer)
-        if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns.split(",")):
+        if row.matches(patterns):
             rows.append(row)
     return rows
+
+
+def load_head_rows(patterns: str = "*") -> list[Row]:
+    """Other head counts than the table's, and the table's own on the same shapes beside them."""
+    rows = []
+    for batch, seqlen in HEAD_SHAPES:
+        rows += [Row(h_q, s_q, batch, seqlen) for h_q in ODD_HEADS for s_q in (1, 2, 4)]
+        rows += load_rows(f"{batch}x{seqlen}/*")
+    return [row for row in rows if row.matches(patterns)]
 
 
 def make_pool(rows: Sequence[Row]) -> jax.Array:

@@ -1,0 +1,102 @@
+"""Times several contenders on one row in turns, so that all meet the same state of the card."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contenders import Chain
+
+from jax_flashmla._timing import Seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """A contender on a row, ready to run.
+
+    Attributes:
+        name: Of the contender.
+        calls: Calls in one run.
+        start: Starts a run.
+        wait: Waits for all started runs.
+    """
+
+    name: str
+    calls: int
+    start: Callable[[], None]
+    wait: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """How a row is timed.
+
+    Attributes:
+        rounds: Turns of each contender; the median is over these.
+        seconds: Timed length of a turn.
+        lead_in: Untimed length before that, for the clock to settle to this contender's power.
+        rest: Idle time before that, for the card to recover from the contender before.
+    """
+
+    rounds: int
+    seconds: float
+    lead_in: float
+    rest: float = 0.0
+
+
+FULL_TURNS = Turns(rounds=5, seconds=0.04, lead_in=0.015)
+QUICK_TURNS = Turns(rounds=2, seconds=0.005, lead_in=0.0)
+
+
+def chain_lane(name: str, chain: Chain) -> Lane:
+    """A lane of a compiled chain; each run starts from the last one's ``out``."""
+    # The queries go over the host: a copy on the device would be compiled for each shape.
+    state = jnp.array(np.asarray(chain.inputs.q_latent))
+
+    def start() -> None:
+        nonlocal state
+        state = chain(state)
+
+    def wait() -> None:
+        jax.block_until_ready(state)
+
+    return Lane(name, chain.calls, start, wait)
+
+
+def interleave(lanes: Sequence[Lane], turns: Turns) -> dict[str, Seconds]:
+    """Times one call of each lane, in rounds over all lanes.
+
+    Runs are started without waiting for the ones before, and awaited once per turn.
+    """
+    once = {lane.name: _once(lane) for lane in lanes}
+    taken: dict[str, list[float]] = {lane.name: [] for lane in lanes}
+    for number in range(turns.rounds):
+        # Another one begins each round: nobody always follows the one that heats most.
+        first = number % len(lanes)
+        for lane in (*lanes[first:], *lanes[:first]):
+            time.sleep(turns.rest)
+            _run(lane, round(turns.lead_in / once[lane.name]))
+            runs = max(1, min(2000, round(turns.seconds / once[lane.name])))
+            begin = time.perf_counter()
+            _run(lane, runs)
+            taken[lane.name].append((time.perf_counter() - begin) / runs / lane.calls)
+    return {
+        name: Seconds(statistics.median(all_), min(all_), max(all_)) for name, all_ in taken.items()
+    }
+
+
+def _once(lane: Lane) -> float:
+    """Seconds of one run, the first one left out."""
+    _run(lane, 1)
+    begin = time.perf_counter()
+    _run(lane, 1)
+    return time.perf_counter() - begin
+
+
+def _run(lane: Lane, runs: int) -> None:
+    for _ in range(runs):
+        lane.start()
+    lane.wait()
