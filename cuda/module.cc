@@ -25,6 +25,9 @@ py::dict registrations() {
   py::dict targets;
   targets["jax_flashmla_schedule"] = target(flashmla_schedule_handler);
   targets["jax_flashmla_decode"] = target(flashmla_decode_handler);
+  targets["jax_flashmla_append"] = target(flashmla_append_handler);
+  targets["jax_flashmla_gather"] = target(flashmla_gather_handler);
+  targets["jax_flashmla_merge"] = target(flashmla_merge_handler);
   return targets;
 }
 

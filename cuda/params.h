@@ -10,7 +10,7 @@ inline constexpr int kHeadDimQk = kKvLoraRank + kRopeDim;
 inline constexpr int kHeadDimV = kKvLoraRank;
 inline constexpr int kScheduleColumns = 8;  // TileSchedulerMetaDataSize
 
-enum class ElementType { kBfloat16, kFloat16 };
+enum class ElementType { kBfloat16, kFloat16, kFloat32 };  // float32: the merge alone
 
 struct ScheduleParams {
   const int* cache_seqlens;      // [batch]

@@ -1,32 +1,9 @@
 // Feeds the handlers' argument checks with buffers made by hand; test_ffi_arguments.py runs it.
-#include <cstdint>
-#include <cstdio>
-#include <functional>
-#include <string>
-#include <vector>
-
 #include "../cuda/ffi/arguments.h"
+#include "ffi_buffers.h"
 
 namespace flashmla {
 namespace {
-
-using Dtype = ffi::DataType;
-
-// An XLA buffer that owns its sizes; nothing reads its elements.
-struct Buffer {
-  Dtype dtype;
-  std::vector<int64_t> shape;
-  XLA_FFI_Buffer raw = {};
-
-  ffi::AnyBuffer view() {
-    raw.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
-    raw.dtype = static_cast<XLA_FFI_DataType>(dtype);
-    raw.data = this;
-    raw.rank = static_cast<int64_t>(shape.size());
-    raw.dims = shape.data();
-    return ffi::AnyBuffer(&raw);
-  }
-};
 
 // batch 3, s_q 2, h_q 16, h_kv 2, 7 pages, table width 5, 4 parts; so rows = 2 * 16 / 2 = 16.
 struct DecodeCall {
@@ -60,24 +37,6 @@ struct ScheduleCall {
         {cache_seqlens.view(), tile_scheduler_metadata.view(), num_splits.view()});
   }
 };
-
-int failures = 0;
-
-void expect(bool holds, const std::string& what) {
-  if (holds) return;
-  std::printf("FAIL %s\n", what.c_str());
-  ++failures;
-}
-
-// The error after `break_it`; empty when the call is accepted all the same.
-template <typename Call>
-void expect_error(const std::string& text, const std::function<void(Call&)>& break_it) {
-  Call call;
-  break_it(call);
-  const auto params = call.params();
-  const std::string got = params.has_error() ? params.error().message() : "no error";
-  expect(got == text, "got \"" + got + "\", expected \"" + text + "\"");
-}
 
 void test_decode_reads_shapes_from_buffers() {
   DecodeCall call;

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "99", "--report-api-errors", "no")
 SMALL_JAX = "tests/gpu/small_cases.py"
+SMALL_CACHE = "tests/gpu/small_cache.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +79,12 @@ def _sanitized_runner(tool: str) -> Group:
     return Group(f"runner-{tool}", 60, commands=tuple((*prefix, *words) for words in SANITIZED))
 
 
-def _sanitized_jax(tool: str) -> Group:
+def _sanitized_jax(tool: str, name: str = "jax", script: str = SMALL_JAX) -> Group:
     """Only our kernels, each buffer an allocation of its own so that an overrun is seen."""
     ours = ("--kernel-name", "kernel_substring=flashmla")
-    command = (*SANITIZER, *ours, "--tool", tool, "{python}", "-P", SMALL_JAX)
+    command = (*SANITIZER, *ours, "--tool", tool, "{python}", "-P", script)
     allocator = (("XLA_PYTHON_CLIENT_ALLOCATOR", "platform"),)
-    return Group(f"jax-{tool}", 240, commands=(command,), environment=allocator)
+    return Group(f"{name}-{tool}", 240, commands=(command,), environment=allocator)
 
 
 PROBES = ("boxes", "one_hot", "walk", "values", "weights", "ring", "named_barriers", "combine")
@@ -101,7 +102,13 @@ GROUPS = (
     Group("transforms", 120, tests=("tests/gpu/test_gpu_transforms.py",)),
     Group("api", 120, tests=("tests/gpu/test_gpu_api.py",)),
     Group("handler", 120, tests=("tests/gpu/test_gpu_handler.py",)),
+    Group("cache", 120, tests=("tests/gpu/test_gpu_cache.py",)),
+    Group("merge", 120, tests=("tests/gpu/test_gpu_merge.py",)),
     Group("runner-delays", 60, commands=tuple(("{checked_runner}", *words) for words in DELAYS)),
     *(_sanitized_runner(tool) for tool in TOOLS),
     *(_sanitized_jax(tool) for tool in TOOLS),
+    *(
+        _sanitized_jax(tool, "cache", SMALL_CACHE)
+        for tool in ("memcheck", "racecheck", "initcheck")
+    ),
 )

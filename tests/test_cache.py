@@ -11,23 +11,11 @@ from jax.sharding import AxisType
 import jax_flashmla
 from jax_flashmla import cache
 from jax_flashmla.testing import cache_oracle
+from jax_flashmla.testing.cache_oracle import bits, random_bits
 
 DTYPES = ("bfloat16", "float16", "float32")
 PAGES = 6
 BAD_SLOTS = (-1, -64, -(2**31), PAGES * 64, PAGES * 64 + 1, 2**31 - 1)
-
-
-def bits(array: jax.Array | np.ndarray) -> np.ndarray:
-    host = np.asarray(array)
-    return host.view(np.uint16 if host.dtype.itemsize == 2 else np.uint32)
-
-
-def random_bits(rng: np.random.Generator, *shape: int, dtype: str) -> np.ndarray:
-    """Every kind of number; one kind of NaN, because XLA's CPU backend may go through float32."""
-    kind = np.uint32 if dtype == "float32" else np.uint16
-    values = rng.integers(0, np.iinfo(kind).max, shape, kind).view(jnp.dtype(dtype))
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isnan(values), np.asarray(jnp.nan, values.dtype), values)
 
 
 def random_values(rng: np.random.Generator, *shape: int, dtype: str) -> np.ndarray:

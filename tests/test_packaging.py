@@ -66,12 +66,12 @@ def test_handlers_run_on_the_oldest_supported_jax() -> None:
 
 
 @needs_kernels
-def test_registrations_hold_both_targets_and_stages() -> None:
+def test_registrations_hold_all_targets_and_both_stages() -> None:
     from jax_flashmla import _cuda
 
     stages = {target: set(handlers) for target, handlers in _cuda.registrations().items()}
     both = {"initialize", "execute"}
-    assert stages == {_ffi.SCHEDULE_TARGET: both, _ffi.DECODE_TARGET: both}
+    assert stages == dict.fromkeys(_ffi.TARGETS, both)
 
 
 @needs_kernels

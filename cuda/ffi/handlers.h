@@ -3,6 +3,9 @@
 
 #include "xla/ffi/api/ffi.h"
 
-XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_prepare_handler);   // initialize stage of both targets
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_prepare_handler);   // initialize stage of all targets
 XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_schedule_handler);  // execute stage
 XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_decode_handler);    // execute stage
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_append_handler);    // execute stage
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_gather_handler);    // execute stage
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_merge_handler);     // execute stage

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <string>
 
+#include "../cache/launch.h"
 #include "../launch.h"
+#include "../merge/launch.h"
 #include "handlers.h"
 #include "launch_error.h"
 
@@ -39,7 +41,10 @@ ffi::Error prepare() {
   }
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (prepared.load() & bit) return ffi::Error::Success();
-  if (const char* reason = prepare_device()) return launch_error(reason);
+  for (const auto load :
+       {prepare_device, cache::prepare_append, cache::prepare_gather, merge::prepare_merge}) {
+    if (const char* reason = load()) return launch_error(reason);
+  }
   prepared.fetch_or(bit);
   return ffi::Error::Success();
 }

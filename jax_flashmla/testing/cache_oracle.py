@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}  # half a last place of 1
@@ -34,6 +36,24 @@ def exact(values: np.ndarray, terms: np.ndarray, dtype: str) -> Exact:
     size = np.where(np.isinf(values), 0.0, np.abs(values))
     float32 = FLOAT32_ROUNDINGS * UNIT["float32"] * terms
     return Exact(values, UNIT[dtype] * (size + float32) + float32 + TINY[dtype])
+
+
+def bits(array: jax.Array | np.ndarray) -> np.ndarray:
+    """An array's elements as unsigned integers, for comparisons that NaN does not disturb."""
+    host = np.ascontiguousarray(array)
+    return host.view(np.uint16 if host.dtype.itemsize == 2 else np.uint32)
+
+
+def random_bits(
+    rng: np.random.Generator, *shape: int, dtype: str, payloads: bool = False
+) -> np.ndarray:
+    """Every kind of number; NaN with any payload, or only one as XLA's CPU backend keeps it."""
+    kind = np.uint32 if dtype == "float32" else np.uint16
+    values = rng.integers(0, np.iinfo(kind).max, shape, kind).view(jnp.dtype(dtype))
+    if payloads:
+        return values
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isnan(values), np.asarray(jnp.nan, values.dtype), values)
 
 
 def append(cache: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> np.ndarray:

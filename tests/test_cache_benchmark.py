@@ -1,0 +1,58 @@
+"""The benchmark of the cache operations: its sizes, and that it runs. Nothing is about speed."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import ModuleType
+
+import jax
+import pytest
+
+import jax_flashmla
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def cache_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("cache_ops")
+
+
+def test_bytes_are_those_of_the_arrays(cache_ops: ModuleType) -> None:
+    rows = ("rotated", (70,)), ("append", (3,)), ("gather", (2, 128)), ("merge", (3, 5))
+    for kind, sizes in rows:
+        row = cache_ops.Row(kind, sizes, large=True)
+        function, arguments = cache_ops.make_call(row)
+        results = jax.tree.leaves(jax.eval_shape(function, *arguments))
+        if kind == "gather":
+            moved = 2 * results[0].size * 2
+        elif kind == "merge":
+            moved = sum(x.size * x.dtype.itemsize for x in (*arguments, *results))
+        else:  # the rows, which are also what is written to the pool
+            read = sum(x.nbytes for x in arguments[1:])
+            moved = read + sum(x.nbytes for x in arguments[1:3])
+        assert row.bytes == moved
+
+
+def test_script_runs_on_tiny_sizes(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "cache_ops.py"), "--quick", "--rows", "*/*x16,app*"]
+    done = subprocess.run(
+        [*command, "--out", str(out)],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jax_flashmla.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the numbers mean nothing" in done.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert {"device", "jax", "commit", "command"} <= set(result["env"])
+    names = {row["row"] for row in result["rows"]}
+    assert names == {"append/1", "append/70", "merge/2x16", "merge/64x16"}
+    assert all(row["us"] > 0 for row in result["rows"])
