@@ -68,7 +68,7 @@ def decode(
         schedule=step.schedule,
         implementation=implementation,
     )
-    return project_out(weights, jnp.einsum("bshc,hcv->bshv", out, weights.value_up)), pool
+    return project_out(weights, unabsorb(weights, out)), pool
 
 
 def project_and_append(
@@ -134,6 +134,11 @@ def project(
 def absorb(weights: MLAWeights, q_nope: jax.Array) -> jax.Array:
     """Applies W_UK to the queries: `[b, s_q, h_q, qk_nope_head_dim]` to `[b, s_q, h_q, 512]`."""
     return jnp.einsum("bshn,hnc->bshc", q_nope, weights.key_up)
+
+
+def unabsorb(weights: MLAWeights, out: jax.Array) -> jax.Array:
+    """Applies W_UV to the results: `[b, s_q, h_q, 512]` to `[b, s_q, h_q, v_head_dim]`."""
+    return jnp.einsum("bshc,hcv->bshv", out, weights.value_up)
 
 
 def project_out(weights: MLAWeights, out: jax.Array) -> jax.Array:
