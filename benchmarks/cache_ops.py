@@ -6,7 +6,8 @@
 The time is the kernel's own, as CUPTI reports it through the profiler that JAX ships: the median of
 20 launches of the same call. Large rows move several times what L2 holds; small rows find their
 inputs in L2, as in a decode step, where the kernel before has just written them. Bytes are what has
-to be read and written once; copy bandwidth is XLA's negation of 2 GB, timed the same way.
+to be read and written once. Copy bandwidth, read plus written, is 4240 GB/s on an H200, which
+device-to-device copies reach there; XLA's negation of 2 GB, timed in the same run, reaches less.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from jax_flashmla._timing import time_steps
 RUNS = 20
 WARM_RUNS = 3  # of the profiled ones, left out
 COPY_BYTES = 2 * 10**9
+COPY_GBPS = {"NVIDIA H200": 4240.0}  # measured; on other devices XLA's negation stands for it
 SMALL_US, LARGE_SHARE = 4.0, 0.8  # the goals
 RESULTS = pathlib.Path(__file__).parent / "results" / "h200-cache-ops.json"
 TOKEN_BYTES = 576 * 2
@@ -86,8 +88,9 @@ def main() -> None:
     seconds = _wall_seconds if options.quick else _kernel_seconds
     side = 2**10 if options.quick else COPY_BYTES // 2
     copied = jnp.ones(side, jnp.bfloat16)
-    copy = 2 * copied.nbytes / seconds((jax.jit(jnp.negative), (copied,)), "") / 1e9
+    negate = 2 * copied.nbytes / seconds((jax.jit(jnp.negative), (copied,)), "") / 1e9
     del copied
+    copy = max(negate, COPY_GBPS.get(jax.devices()[0].device_kind, 0.0))
 
     entries = []
     for row in rows:
@@ -100,7 +103,7 @@ def main() -> None:
         print(_line(entries[-1]), flush=True)
     result = {
         "env": environment.describe(options.commit),
-        "ceilings": {"copy_gbps": copy},
+        "ceilings": {"copy_gbps": copy, "xla_negate_gbps": negate},
         "rows": entries,
     }
     script.write(result, options, RESULTS)

@@ -54,3 +54,10 @@ def test_operation_is_the_definition() -> None:
 def test_links_lead_somewhere(document: str) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text())
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_cache_example_writes_one_token_per_request_and_layer() -> None:
+    names: dict[str, object] = {}
+    exec(block("The cache"), names)
+    tokens = np.asarray(names["pool"], np.float32).reshape(-1, 576)
+    assert np.flatnonzero(tokens.any(axis=1)).tolist() == [0, 70, 512, 582]
