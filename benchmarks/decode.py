@@ -47,14 +47,16 @@ def main() -> None:
     chains = _compile(options, rows, kv_cache)
 
     result = {
-        "kind": "decode",
+        "kind": "heads" if options.heads else "decode",
         "env": env,
         "quick": options.quick,
+        "sustained": options.sustained,
         "ceilings": limits,
         "left_out": left_out,
         "rows": [],
     }
-    turns = lanes.QUICK_TURNS if options.quick else lanes.FULL_TURNS
+    turns = lanes.SUSTAINED if options.sustained else lanes.BURSTS
+    turns = lanes.QUICK if options.quick else turns
     ours = chains[OURS.name]
     with card.Sampler() as sampler:
         for row in script.progress(ours, len(ours), "rows"):
@@ -143,6 +145,7 @@ def _options() -> argparse.Namespace:
     parser = script.parser(__doc__.splitlines()[0], rows="*", results=RESULTS)
     add = parser.add_argument
     add("--heads", action="store_true", help="rows of other head counts than the table's")
+    add("--sustained", action="store_true", help="no rests: at the clock that full power leaves")
     add("--flashmla-op", type=pathlib.Path, help="vLLM's _flashmla_C.abi3.so (default: vllm's)")
     add("--fa3-op", type=pathlib.Path, help="vLLM's _vllm_fa3_C.abi3.so (default: vllm's)")
     add("--runner", type=pathlib.Path, default=ceilings.RUNNER, help="built by make runner")

@@ -80,13 +80,18 @@ def judge(results: list[dict]) -> list[Judged]:
 
 def factor(result: dict) -> float | None:
     """FA3 in this run over FA3 in the table, the geometric mean over all rows; None without FA3."""
+    ratios = factors(result)
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def factors(result: dict) -> list[float]:
+    """FA3 in this run over FA3 in the table, of each row that has both."""
     table = _table()
-    ratios = [
+    return [
         row["peers_us"][REFERENCE] / table[_shape(row)][REFERENCE]
         for row in result["rows"]
         if REFERENCE in row["peers_us"] and _shape(row) in table
     ]
-    return statistics.geometric_mean(ratios) if ratios else None
 
 
 def rates(limits: dict[str, float]) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def text(results: Sequence[dict]) -> str:
     """
     kinds = {kind: [each for each in results if each.get("kind") == kind] for kind in _KINDS}
     parts = [describe(kinds[kind], kind) for kind in kinds if kinds[kind]]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or f"no results of a kind that is reported: {', '.join(_KINDS)}"
 
 
 def describe(results: Sequence[dict], kind: str) -> str:
@@ -55,10 +55,12 @@ def table(rows: Sequence[judge.Judged]) -> str:
 
 def _decode(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
     rows = judge.judge(list(results))
-    lines = goals.decode_lines(rows) + goals.head_lines(rows)
-    if any(row.shape[0] not in goals.TABLED_HEADS for row in rows):
-        lines = goals.head_lines(rows)
-    return [table(rows), *_card_lines(results)], lines
+    return [table(rows), *_card_lines(results)], goals.decode_lines(rows)
+
+
+def _heads(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
+    rows = judge.judge(list(results))
+    return [table(rows), *_card_lines(results)], goals.head_lines(rows)
 
 
 def _overhead(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
@@ -80,7 +82,7 @@ def _trace(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
     return tables, goals.trace_lines(shares, balances)
 
 
-_KINDS = {"decode": _decode, "overhead": _overhead, "trace": _trace}
+_KINDS = {"decode": _decode, "heads": _heads, "overhead": _overhead, "trace": _trace}
 
 
 def _medians(results: Sequence[dict]) -> dict:
@@ -102,10 +104,11 @@ def _about(result: dict) -> str:
     words = [f"{env['device']}, {env['date']}, commit {env['commit']}: {env['command']}"]
     if limits := result.get("ceilings"):
         words.append("ceilings: " + ", ".join(f"{name} {v:.0f}" for name, v in limits.items()))
-    if result.get("kind") == "decode":
-        scale = judge.factor(result)
+    if "left_out" in result:
+        scale, each = judge.factor(result), judge.factors(result)
         words.append(
             f"peers that did not run: their table times × {scale:.3f}, FA3 now over FA3 there"
+            f" (rows from {min(each):.2f} to {max(each):.2f})"
             if scale
             else "peers that did not run: their table times as they are, FA3 did not run either"
         )

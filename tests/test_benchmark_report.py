@@ -142,8 +142,10 @@ def test_cliff_between_head_counts_is_found(load: Callable[[str], ModuleType]) -
     heads = [row for row in result["rows"] if (row["batch"], row["seqlen"]) == (128, 4096)]
     goals, judge = load("goals"), load("judge")
     for us, verdict in ((33.6, "must"), (33.7, "NO")):
-        rows = judge.judge([result | {"rows": [*heads, odd | {"us": us}]}])
-        assert goals.head_lines(rows)[0].verdict == verdict
+        measured = result | {"kind": "heads", "rows": [*heads, odd | {"us": us}]}
+        assert goals.head_lines(judge.judge([measured]))[0].verdict == verdict
+        told = load("report").text([measured])
+        assert f"| 1.05 | - | 1.05 | {verdict} |" in told
 
 
 def test_report_tells_all_kinds(load: Callable[[str], ModuleType]) -> None:
@@ -180,7 +182,7 @@ def test_lanes_take_turns_and_each_gets_its_own_time(load: Callable[[str], Modul
 
         return lanes.Lane(name, 2, start, lambda: None)
 
-    turns = lanes.Turns(rounds=3, seconds=0.01, lead_in=0.0)
+    turns = lanes.Turns(rounds=3, seconds=0.01, rest=0.0)
     timings = lanes.interleave([lane("slow", 20), lane("fast", 5)], turns)
     # Each to begin with, then in rounds that another one begins each time.
     order = [name for name, before in zip(log, [None, *log], strict=False) if name != before]
