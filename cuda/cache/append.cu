@@ -3,6 +3,7 @@
 // 1. Read the row and its slot, all at once.
 // 2. Rotate the key in float32.
 // 3. Store 72 vectors of 16 bytes, unless the slot is outside the pool.
+#include "../message.h"
 #include "../vector.cuh"
 #include "launch.h"
 
@@ -87,10 +88,6 @@ Kernel kernel_of(Rotation rotation) {
 Kernel kernel_of(ElementType type, Rotation rotation) {
   return type == ElementType::kBfloat16 ? kernel_of<__nv_bfloat16>(rotation)
                                         : kernel_of<__half>(rotation);
-}
-
-const char* message(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace

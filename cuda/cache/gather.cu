@@ -2,6 +2,7 @@
 //
 // A block copies a unit: 16 tokens' worth of one page of the result, 18 KB. The units' order is
 // that of the result, so the grid depends on shapes only.
+#include "../message.h"
 #include "../vector.cuh"
 #include "launch.h"
 
@@ -38,10 +39,6 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p) {
   }
 #pragma unroll
   for (int i = 0; i < kVectorsPerThread; ++i) target[first + i * kThreads] = read[i];
-}
-
-const char* message(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // adds up through shared memory. The order depends on shapes only, and so do the bits.
 #include <cmath>
 
+#include "../message.h"
 #include "../vector.cuh"
 #include "launch.h"
 
@@ -170,10 +171,6 @@ Kernel kernel_of(ElementType partial, ElementType out) {
     default:
       return kernel_of<float>(out);
   }
-}
-
-const char* message(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
