@@ -21,9 +21,10 @@ import jax
 
 from jax_flashmla import _cache_primitives, _cache_shapes, _dispatch, _shapes
 from jax_flashmla._dispatch import Implementation
+from jax_flashmla._page_copy import copy_pages
 from jax_flashmla._pool import layer_block_table, layer_slots, make_pool
 
-__all__ = ["append", "gather", "layer_block_table", "layer_slots", "make_pool"]
+__all__ = ["append", "copy_pages", "gather", "layer_block_table", "layer_slots", "make_pool"]
 
 
 def append(

@@ -3,7 +3,8 @@
 A request owns a list of pages and a length. Requests that begin alike share pages: each page counts
 its owners and returns to the free list with the last one. Only a request's last page can be partly
 filled; appending to it while others own it too first moves the request to a copy (copy on write).
-The allocator never touches the cache: it says which pages to copy and which slots to write.
+The allocator never touches the cache: it says which pages to copy (`jax_flashmla.cache.copy_pages`)
+and which slots to write (`jax_flashmla.cache.append`).
 
     pool = PagePool(num_pages, max_pages_per_seq=64)
     pool.add("a")
