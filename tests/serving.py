@@ -74,9 +74,8 @@ class Server:
 
     def _append(self, counts: Mapping[Hashable, int], batch: int | None = None) -> Writes:
         writes = self.pages.append(counts, batch=batch)
-        for layer in range(self.weights.num_layers):
-            for source, target in writes.copies[writes.copies[:, 0] >= 0] + layer * self.num_pages:
-                self.pool = self.pool.at[target].set(self.pool[source])
+        if (writes.copies >= 0).any():
+            self.pool = cache.copy_pages(self.pool, writes.copies, num_pages=self.num_pages)
         return writes
 
     def _run(

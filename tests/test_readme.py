@@ -30,6 +30,11 @@ def test_example_has_ten_lines() -> None:
     assert len(lines) == 10
 
 
+def test_model_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("A model's attention"), {})
+    assert capsys.readouterr().out == "(2, 1, 256) [73  8]\n"
+
+
 def test_operation_is_the_definition() -> None:
     names = {"jax": jax, "jnp": jnp}
     exec(block("The operation"), names)

@@ -8,7 +8,7 @@ from jax_flashmla.mla.layer import decode, rms_norm
 from jax_flashmla.mla.prefill import prefill
 from jax_flashmla.mla.rope_table import cos_sin
 from jax_flashmla.mla.step import Step, decode_step, prefill_step
-from jax_flashmla.mla.weights import MLAWeights, WeightsError, load_weights
+from jax_flashmla.mla.weights import MLAWeights, WeightsError, expected_shapes, load_weights
 
 __all__ = [
     "ConfigError",
@@ -20,6 +20,7 @@ __all__ = [
     "cos_sin",
     "decode",
     "decode_step",
+    "expected_shapes",
     "load_weights",
     "prefill",
     "prefill_step",
