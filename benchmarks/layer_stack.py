@@ -1,0 +1,184 @@
+"""Times one decode step of a model's attention layers, projections included, the MLP left out.
+
+    python benchmarks/layer_stack.py                       # results/h200-layer-stack.json
+    python benchmarks/layer_stack.py --rows 'v2lite/*' --no-xla --out some.json
+    python benchmarks/layer_stack.py --loop scan           # a scan over stacked weights
+    python benchmarks/layer_stack.py --quick               # tiny shapes: checks the script only
+
+Per row: the step, its attention kernels alone, the step with XLA's gather and einsum, and the sum
+of two floors: attention, and reading all weights once. README.md beside this file says more.
+"""
+
+import argparse
+import os
+import pathlib
+
+# Read when JAX starts: weights and cache of the largest row take 105 GB.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+
+import environment
+import jax
+import jax.numpy as jnp
+import numpy as np
+import script
+import stack
+from measure import FULL, QUICK, Effort
+
+from jax_flashmla import mla
+from jax_flashmla._roofline import H200
+from jax_flashmla._timing import Seconds, time_steps
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "h200-layer-stack.json"
+GOAL = 1.25  # of the floors' sum
+COLUMNS = (
+    "model / batch × tokens",
+    "step us",
+    "kernels us",
+    "share",
+    "XLA us",
+    "attention floor us",
+    "weight floor us",
+    "over floors",
+)
+
+
+def main() -> None:
+    """Measures, prints a table, keeps the JSON up to date after every row."""
+    options = _options()
+    rows = script.choose_rows(options, stack.load_rows)
+    effort = QUICK if options.quick else FULL
+    env = environment.describe(options.commit)
+    entries: list[dict[str, object]] = []
+    result = {"kind": "layer_stack", "env": env, "loop": options.loop, "rows": entries}
+    for model in dict.fromkeys(row.model for row in rows):
+        layers = stack.random_layers(model)
+        if options.loop == "scan":
+            layers = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+        for row in (row for row in rows if row.model == model):
+            entries.append(measure(row, layers, effort, options))
+            script.say(line(entries[-1]))
+            script.write(result, options, RESULTS)
+        del layers
+    env["card_after"] = environment.card()
+    script.write(result, options, RESULTS)
+    print(table(entries))
+
+
+def measure(
+    row: stack.Row, layers: object, effort: Effort, options: argparse.Namespace
+) -> dict[str, object]:
+    """One row of the results."""
+    entry = {
+        "model": row.model.name,
+        "layers": row.model.layers,
+        "batch": row.batch,
+        "seqlen": row.seqlen,
+        "shared_pages": row.sharers > 1,
+        "sharers": row.sharers,
+        "attention_floor_us": row.model.layers * row.work.floor_seconds(H200) * 1e6,
+        "weight_floor_us": row.weight_floor_seconds(H200) * 1e6,
+        "us": None,
+        "kernels_us": None,
+        "xla_us": None,
+    }
+    config, model = row.model.config, row.model
+    rest = tuple(map(jnp.asarray, stack.tables(row)))
+    x = jax.random.normal(jax.random.key(2), (row.batch, 1, config.hidden_size), jnp.bfloat16)
+    q_rope, q_latent = (
+        jax.random.normal(
+            jax.random.key(3), (row.batch, 1, config.num_attention_heads, width), jnp.bfloat16
+        )
+        for width in (64, 512)
+    )
+    loop = {"unrolled": stack.unrolled, "scan": stack.scanned}[options.loop]
+    runs = [
+        ("kernels_us", stack.attention_alone(model), q_latent, (q_rope, *rest)),
+        ("us", loop(mla.decode, model), x, (layers, *rest)),
+    ]
+    if not options.no_xla:
+        runs.append(("xla_us", loop(stack.gather_attention, model), x, (layers, *rest)))
+    pool = stack.make_pool(row)
+    for name, function, start, operands in runs:
+        try:
+            seconds, pool = time_function(function, start, pool, operands, effort)
+        except jax.errors.JaxRuntimeError as error:
+            script.say(f"{row.name} {name}: left out, {str(error).splitlines()[0][:200]}")
+            pool = pool if not pool.is_deleted() else stack.make_pool(row)
+            continue
+        entry[name] = seconds.median * 1e6
+        if name == "us":
+            entry |= {"us_low": seconds.low * 1e6, "us_high": seconds.high * 1e6}
+    if entry["us"]:
+        entry["over_floors"] = entry["us"] / (
+            entry["attention_floor_us"] + entry["weight_floor_us"]
+        )
+    if entry["us"] and entry["kernels_us"]:
+        entry["kernel_share"] = entry["kernels_us"] / entry["us"]
+    return entry
+
+
+def time_function(
+    function: object, start: jax.Array, pool: jax.Array, operands: tuple, effort: Effort
+) -> tuple[Seconds, jax.Array]:
+    """Time of one run, state and pool donated; the pool comes back."""
+    jitted = jax.jit(function, donate_argnums=(0, 1))
+    compiled = jitted.lower(start, pool, *operands).compile()
+    # Over the host: `start` is used again, and what is donated is gone.
+    state = jnp.asarray(np.asarray(start)), pool
+    seconds, (last, pool) = time_steps(
+        lambda state: compiled(*state, *operands),
+        state,
+        repeats=effort.repeats,
+        seconds=effort.seconds,
+    )
+    if not np.isfinite(np.asarray(last)).all():
+        raise RuntimeError("the step ended in inf or NaN")
+    return seconds, pool
+
+
+def table(entries: list[dict[str, object]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += [line(entry) for entry in entries]
+    over = [entry["over_floors"] for entry in entries if "over_floors" in entry]
+    within = sum(value <= GOAL for value in over)
+    lines.append(f"\n{within} of {len(over)} rows within {GOAL} of the floors")
+    if any(entry["shared_pages"] for entry in entries):
+        lines.append("\n*: the cache does not fit; requests share pages, and the floor counts once")
+    return "\n".join(lines)
+
+
+def line(entry: dict[str, object]) -> str:
+    """A row of the table."""
+    star = f" * ({entry['sharers']} share)" if entry["shared_pages"] else ""
+    cells = [
+        f"{entry['model']} / {entry['batch']} × {entry['seqlen']}{star}",
+        _number(entry["us"]),
+        _number(entry["kernels_us"]),
+        f"{entry['kernel_share']:.0%}" if "kernel_share" in entry else "-",
+        _number(entry["xla_us"]),
+        _number(entry["attention_floor_us"]),
+        _number(entry["weight_floor_us"]),
+        f"{entry['over_floors']:.2f}" if "over_floors" in entry else "-",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _options() -> argparse.Namespace:
+    parser = script.parser(__doc__.splitlines()[0], rows="*", results=RESULTS)
+    parser.add_argument("--no-xla", action="store_true", help="leave gather + einsum out")
+    parser.add_argument(
+        "--loop",
+        choices=("unrolled", "scan"),
+        default="unrolled",
+        help="layers one after the other in the program, or a scan over stacked weights",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The benchmark of whole attention stacks: its rows fit, share what they must, and it runs."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flashmla
+from jax_flashmla import mla
+from jax_flashmla._roofline import H200
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("stack")
+
+
+def test_rows_fit_the_card_and_share_no_more_than_they_must(stack: ModuleType) -> None:
+    rows = stack.load_rows()
+    sharing = {row.name: row.sharers for row in rows if row.sharers > 1}
+    assert len(rows) == 12
+    assert sharing == {"v3/128x32768": 4, "v2lite/128x32768": 2}
+    for row in rows:
+        pool = row.model.layers * row.num_pages * 64 * 576 * 2
+        assert pool + row.weight_floor_seconds(H200) * H200.bytes_per_s < 115e9
+
+
+def test_floors_are_bytes_over_bandwidth(stack: ModuleType) -> None:
+    row = stack.load_rows("v3/128x4096")[0]
+    # 7168 x 2112 + 1536 x 24576 + 2 x 128 x 128 x 512 + 16384 x 7168, and the norms
+    numbers = 15138816 + 37748736 + 2 * 8388608 + 117440512 + 7168 + 1536 + 512
+    assert row.weight_floor_seconds(H200) == pytest.approx(61 * numbers * 2 / 4.65e12)
+    assert row.floor_seconds(H200) == pytest.approx(61 * (185.6e-6 + 80.5e-6), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["v3/128x32768", "v2lite/32x4096"])
+def test_new_tokens_have_slots_of_their_own(stack: ModuleType, name: str) -> None:
+    row = stack.load_rows(name)[0]
+    table, lengths, slots = stack.tables(row)
+    assert table.shape == (row.batch, row.seqlen // 64)
+    assert table.max() < row.num_pages
+    assert len(set(slots.ravel())) == row.batch
+    assert (slots.ravel() // 64 == table[:, -1]).all()
+    assert (lengths == row.seqlen).all()
+    assert len(np.unique(table)) * 64 >= row.work.unique_tokens
+
+
+def test_loop_scan_and_gather_agree(stack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contenders compute the same step; the gather's scale is its own, so it is set here."""
+    contenders = importlib.import_module("contenders")
+    row = stack.load_rows("v3/128x4096")[0].shrunk()
+    config, model = row.model.config, row.model
+    monkeypatch.setattr(contenders, "SOFTMAX_SCALE", config.softmax_scale)
+    layers, pool = stack.random_layers(model), stack.make_pool(row)
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+    rest = tuple(map(jnp.asarray, stack.tables(row)))
+    x = jax.random.normal(jax.random.key(0), (row.batch, 1, config.hidden_size), jnp.bfloat16)
+    with jax.numpy_rank_promotion("allow"):  # the gather is no code of the library
+        runs = [
+            stack.unrolled(mla.decode, model)(x, pool, layers, *rest),
+            stack.scanned(mla.decode, model)(x, pool, stacked, *rest),
+            stack.unrolled(stack.gather_attention, model)(x, pool, layers, *rest),
+        ]
+    first, *others = (np.asarray(y, np.float32) for y, _ in runs)
+    for other in others:
+        assert np.abs(other - first).max() < 0.05  # bfloat16, of unit size
+
+
+def test_script_runs_on_tiny_shapes(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "layer_stack.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--rows", "v*/128x4096"],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jax_flashmla.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the numbers mean nothing" in done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["model"] for row in rows] == ["v3", "v2lite"]
+    assert all(row[name] > 0 for row in rows for name in ("us", "kernels_us", "xla_us"))
+    assert not any(row["shared_pages"] for row in rows)
