@@ -68,9 +68,9 @@ def test_loop_scan_and_gather_agree(stack: ModuleType, monkeypatch: pytest.Monke
     x = jax.random.normal(jax.random.key(0), (row.batch, 1, config.hidden_size), jnp.bfloat16)
     with jax.numpy_rank_promotion("allow"):  # the gather is no code of the library
         runs = [
-            stack.unrolled(mla.decode, model)(x, pool, layers, *rest),
-            stack.scanned(mla.decode, model)(x, pool, stacked, *rest),
-            stack.unrolled(stack.gather_attention, model)(x, pool, layers, *rest),
+            jax.jit(stack.unrolled(mla.decode, model))(x, pool, layers, *rest),
+            jax.jit(stack.scanned(mla.decode, model))(x, pool, stacked, *rest),
+            jax.jit(stack.unrolled(stack.gather_attention, model))(x, pool, layers, *rest),
         ]
     first, *others = (np.asarray(y, np.float32) for y, _ in runs)
     for other in others:
@@ -81,7 +81,7 @@ def test_script_runs_on_tiny_shapes(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARKS / "layer_stack.py"), "--quick", "--out", str(out)]
     done = subprocess.run(
-        [*command, "--rows", "v*/128x4096"],
+        [*command, "--rows", "v2lite/128x*"],
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(jax_flashmla.__file__).parents[1])},
         capture_output=True,
         text=True,
@@ -90,7 +90,6 @@ def test_script_runs_on_tiny_shapes(tmp_path: pathlib.Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "the numbers mean nothing" in done.stderr
-    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert [row["model"] for row in rows] == ["v3", "v2lite"]
-    assert all(row[name] > 0 for row in rows for name in ("us", "kernels_us", "xla_us"))
-    assert not any(row["shared_pages"] for row in rows)
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]  # both shrink to the same
+    assert all(row[name] > 0 for name in ("us", "kernels_us", "xla_us"))
+    assert (row["model"], row["shared_pages"]) == ("v2lite", False)

@@ -16,6 +16,7 @@ from jax_flashmla import cache, mla
 HF = dense_stack.hf_config("deepseek_v3", num_hidden_layers=1, rope_scaling=dense_stack.YARN)
 CONFIG = mla.MLAConfig.from_hf(HF)
 PAGES, WIDTH = 8, 3
+decode = jax.jit(mla.decode, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,9 @@ def test_rows_that_pad_the_batch_change_nothing(weights: mla.MLAWeights) -> None
     table, lengths, slots = place([70, 0, 5], 1)
     start = jax.random.normal(jax.random.key(9), (PAGES, 64, 1, 576))
     step = mla.decode_step(CONFIG, table, lengths, slots)
-    y, pool = mla.decode(weights, CONFIG, x, start, step)
+    y, pool = decode(weights, CONFIG, x, start, step)
     alone = mla.decode_step(CONFIG, table[::2], lengths[::2], slots[::2])
-    expected, expected_pool = mla.decode(weights, CONFIG, x[::2], start, alone)
+    expected, expected_pool = decode(weights, CONFIG, x[::2], start, alone)
     assert (np.asarray(y[1]) == 0).all()
     np.testing.assert_allclose(y[::2], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(pool, expected_pool)
@@ -64,11 +65,11 @@ def test_several_tokens_at_once_are_one_after_the_other(weights: mla.MLAWeights)
     table, lengths, slots = place([66, 10], 3)
     start = jax.random.normal(jax.random.key(9), (PAGES, 64, 1, 576))
     step = mla.decode_step(CONFIG, table, lengths, slots)
-    y, pool = mla.decode(weights, CONFIG, x, start, step)
+    y, pool = decode(weights, CONFIG, x, start, step)
     one_by_one, parts = start, []
     for j in range(3):
         step = mla.decode_step(CONFIG, table, lengths - 2 + j, slots[:, j : j + 1])
-        part, one_by_one = mla.decode(weights, CONFIG, x[:, j : j + 1], one_by_one, step)
+        part, one_by_one = decode(weights, CONFIG, x[:, j : j + 1], one_by_one, step)
         parts.append(part)
     np.testing.assert_allclose(y, np.concatenate(parts, axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(pool, one_by_one, rtol=1e-4, atol=1e-5)
@@ -78,11 +79,11 @@ def test_layers_of_a_flat_pool_keep_apart(weights: mla.MLAWeights) -> None:
     table, lengths, slots = place([70, 5], 1)
     step = mla.decode_step(CONFIG, table, lengths, slots)
     start = jax.random.normal(jax.random.key(9), (3 * PAGES, 64, 1, 576))
-    _, pool = mla.decode(weights, CONFIG, states(2, 1), start, step.at_layer(1, PAGES))
+    _, pool = decode(weights, CONFIG, states(2, 1), start, step.at_layer(1, PAGES))
     changed = (np.asarray(pool) != np.asarray(start)).any(axis=(1, 2, 3))
     assert set(np.flatnonzero(changed) // PAGES) == {1}
     own = start[PAGES : 2 * PAGES]
-    _, expected = mla.decode(weights, CONFIG, states(2, 1), own, step)
+    _, expected = decode(weights, CONFIG, states(2, 1), own, step)
     np.testing.assert_array_equal(pool[PAGES : 2 * PAGES], expected)
 
 

@@ -16,6 +16,7 @@ HF = dense_stack.hf_config("deepseek_v3", num_hidden_layers=1, num_attention_hea
 HF |= {"num_key_value_heads": 2, "qk_nope_head_dim": 16, "v_head_dim": 24}
 CONFIG = mla.MLAConfig.from_hf(HF)
 KEYS = BLOCK_PAGES * 64
+prefill = jax.jit(mla.prefill, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,7 @@ def test_chunks_give_what_one_prefill_gives(weights: mla.MLAWeights) -> None:
         for begin, end in zip((0, *ends), ends, strict=False):
             lengths = jnp.array([end], jnp.int32), jnp.array([end - begin], jnp.int32)
             step = mla.prefill_step(CONFIG, table, *lengths, slots[:, begin:end])
-            run_layer = jax.jit(mla.prefill, static_argnums=1)
-            y, pool = run_layer(weights, CONFIG, x[:, begin:end], pool, step)
+            y, pool = prefill(weights, CONFIG, x[:, begin:end], pool, step)
             parts.append(y)
         return np.concatenate(parts, axis=1), pool
 
@@ -185,10 +185,10 @@ def test_prefill_of_one_token_is_a_decode_step(weights: mla.MLAWeights) -> None:
     table = jnp.array([[2, 0, 1]], jnp.int32)
     one, lengths, slots = (jnp.array(x, jnp.int32) for x in ([1], [70], [[0 * 64 + 5]]))
     step = mla.prefill_step(CONFIG, table, lengths, one, slots)
-    y, new_pool = mla.prefill(weights, CONFIG, x, pool, step)
-    expected, expected_pool = mla.decode(
-        weights, CONFIG, x, pool, mla.decode_step(CONFIG, table, lengths, slots)
-    )
+    y, new_pool = prefill(weights, CONFIG, x, pool, step)
+    step = mla.decode_step(CONFIG, table, lengths, slots)
+    decode = jax.jit(mla.decode, static_argnums=1)
+    expected, expected_pool = decode(weights, CONFIG, x, pool, step)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new_pool, expected_pool, rtol=1e-5, atol=1e-6)
 

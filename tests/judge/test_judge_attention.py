@@ -3,6 +3,7 @@
 from typing import Any
 
 import dense_stack
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_attention_module(config: dict[str, Any]) -> None:
         else:
             new = np.array([end], np.int32)
             step = mla.prefill_step(layer_config, rows.block_table, rows.cache_seqlens, new, slots)
-        run = mla.decode if begin else mla.prefill
+        run = jax.jit(mla.decode if begin else mla.prefill, static_argnums=1)
         y, pool = run(weights, layer_config, jnp.asarray(x[:, begin:end]), pool, step)
         parts.append(np.asarray(y))
     got = np.concatenate(parts, axis=1)
@@ -73,6 +74,8 @@ def test_constants_of_released_models(config: dict[str, Any]) -> None:
     np.testing.assert_allclose(inverse_frequencies(ours), rotary.inv_freq.numpy(), rtol=5e-7)
     scale = ours.yarn.rotation_scale if ours.yarn else 1.0
     assert scale == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    saved = made.to_dict()  # what a new config.json holds
+    assert mla.MLAConfig.from_hf(saved) == ours
     norms = model.layers[0].self_attn.kv_a_layernorm.variance_epsilon
     assert ours.latent_norm_eps == norms
 
