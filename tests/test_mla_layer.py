@@ -161,6 +161,25 @@ def test_wrong_arrays_are_named(
         mla.decode(weights, CONFIG, x, pool, step)
 
 
+def test_weights_of_another_shape_are_named(weights: mla.MLAWeights) -> None:
+    step = mla.decode_step(CONFIG, *place([70, 5], 1))
+    pool = cache.make_pool(1, PAGES, dtype=jnp.float32)
+    stacked = jax.tree.map(lambda x: x[None], weights)
+    with pytest.raises(ValueError, match=r"weights.down: got shape \[1, 256, 672\]"):
+        mla.decode(stacked, CONFIG, states(2, 1), pool, step)
+    other = weights._replace(key_up=weights.key_up.swapaxes(1, 2))
+    with pytest.raises(ValueError, match=r"weights.key_up: .* expected \[h_q, 32, 512\]"):
+        mla.decode(other, CONFIG, states(2, 1), pool, step)
+
+
+def test_a_prefill_step_is_no_decode_step(weights: mla.MLAWeights) -> None:
+    table, lengths, slots = place([70, 5], 1)
+    step = mla.prefill_step(CONFIG, table, lengths, np.ones(2, np.int32), slots)
+    pool = cache.make_pool(1, PAGES, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="step: got one without a schedule"):
+        mla.decode(weights, CONFIG, states(2, 1), pool, step)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [

@@ -52,9 +52,11 @@ def decode(
         0, and the pool with the new tokens.
 
     Raises:
-        ValueError: a shape is wrong.
+        ValueError: a shape is wrong, or the step comes from `prefill_step`.
         TypeError: a dtype is wrong.
     """
+    if step.schedule is None:
+        raise ValueError("step: got one without a schedule, expected that of decode_step")
     q_nope, q_rope, pool = project_and_append(
         weights, config, x, pool, step, implementation=implementation
     )
@@ -165,3 +167,15 @@ def _check(
     for name, array in weights._asdict().items():
         if array is not None:
             _shapes.check_dtype(f"weights.{name}", array, x.dtype)
+    rank, hidden = config.q_lora_rank or 0, config.hidden_size
+    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    nope, v_dim = config.qk_nope_head_dim, config.v_head_dim
+    # The heads may be fewer than the config's: a device's share.
+    for name, dims in (
+        ("down", (hidden, rank + cached)),
+        ("query_up", (rank or hidden, "h_q", config.qk_head_dim)),
+        ("key_up", ("h_q", nope, config.kv_lora_rank)),
+        ("value_up", ("h_q", config.kv_lora_rank, v_dim)),
+        ("output", ("h_q", v_dim, hidden)),
+    ):
+        _shapes.check_shape(f"weights.{name}", getattr(weights, name), dims)
