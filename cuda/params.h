@@ -1,6 +1,8 @@
 // What a launch needs: plain pointers and sizes, no XLA type.
 #pragma once
 
+#include <cstdint>
+
 namespace flashmla {
 
 inline constexpr int kPageSize = 64;     // tokens per page
@@ -20,6 +22,16 @@ struct ScheduleParams {
   int num_sm_parts;
 };
 
+// What one split made of one packed row. Its values lie in `partial_out` as float16, multiplied by
+// a power of two, one for each half of the columns, that brings the largest near the top of
+// float16's range: relative to it they keep 11 bits, and small ones lose none until 2^-29 of it.
+struct alignas(16) PartialRow {
+  float lse;       // natural logarithm; -inf: the split holds no key that the row sees
+  float scale[2];  // value = float16 * scale[column / 256]
+  float unused;
+};
+inline constexpr int kPartialRowFloats = sizeof(PartialRow) / sizeof(float);
+
 struct DecodeParams {
   ElementType element_type;
   const void* q_latent;      // [batch, s_q, h_q, 512], rows q_latent_stride elements apart
@@ -31,8 +43,8 @@ struct DecodeParams {
   const int* num_splits;               // [batch + 1]
   void* out;                           // [batch, s_q, h_q, 512]
   float* lse;                          // [batch, s_q, h_q]
-  float* partial_out;                  // [2 * num_sm_parts, h_kv, rows, 512]
-  float* partial_lse;                  // [2 * num_sm_parts, h_kv, rows]
+  uint16_t* partial_out;               // [2 * num_sm_parts, h_kv, rows, 512], scaled float16
+  PartialRow* partial_rows;            // [2 * num_sm_parts, h_kv, rows]
   int q_latent_stride;
   int q_rope_stride;
   int batch;

@@ -197,9 +197,9 @@ def _kernel_decode(
     slots = 2 * operands[5].shape[0]
     partial = [
         _manual_axes.result(
-            avals, (slots, shape.h_kv, shape.rows, _shapes.HEAD_DIM_V), jnp.float32
+            avals, (slots, shape.h_kv, shape.rows, _shapes.HEAD_DIM_V), jnp.float16
         ),
-        _manual_axes.result(avals, (slots, shape.h_kv, shape.rows), jnp.float32),
+        _manual_axes.result(avals, (slots, shape.h_kv, shape.rows, 4), jnp.float32),
     ]
     call = jax.ffi.ffi_call(_ffi.DECODE_TARGET, [out, lse, *partial])
     return call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)[:2]

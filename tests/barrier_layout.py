@@ -11,6 +11,7 @@ CONSTANTS = {
     "left_bytes": 32768,
     "right_bytes": 32768,
     "rope_bytes": 8192,
+    "query_bytes": 73728,
     "warps_per_half": 4,
     "query_loader_warps": 3,
     "page_full_arrivals": 1,

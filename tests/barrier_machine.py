@@ -35,6 +35,9 @@ class Barrier:
         self.pending -= count
         self._settle()
 
+    def expect(self, count: int) -> None:
+        self.bytes += count
+
     def complete_bytes(self, count: int) -> None:
         self.bytes -= count
         self._settle()

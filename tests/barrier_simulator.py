@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from barrier_layout import (
     BYTES,
+    CONSTANTS,
     LEFT,
     LOADERS,
     PARTS,
@@ -39,24 +40,41 @@ def stream_pages(m: Machine, items: list[Item], order: Sequence[int]) -> Step:
 
 
 def load_queries(m: Machine, items: list[Item], loader: int) -> Step:
-    for i, item in enumerate(items):
+    """By TMA, as where there is one KV head."""
+    for i in range(len(items)):
         yield from m.wait("query_empty", phase=i - 1)
+        if loader == 0:
+            yield from request_query(m, i)
         yield from assign(m, i, loader)
-        if item.pages:
-            yield from copy_query(m, i, loader)
         yield from m.arrive("query_full")
 
 
-def assign(m: Machine, i: int, loader: int) -> Step:
-    """What item `i` is and where its rows go: one loader says so."""
-    if loader == 0:
-        yield from m.write(item_region(m, "assignment", i), ("item", i))
+def copy_queries(m: Machine, items: list[Item], loader: int) -> Step:
+    """By ordinary copies of all loaders, as with several KV heads."""
+    for i in range(len(items)):
+        yield from m.wait("query_empty", phase=i - 1)
+        yield from copy_query(m, i, loader)
+        yield from assign(m, i, loader)
+        yield from m.arrive("query_full")
+
+
+def request_query(m: Machine, i: int) -> Step:
+    size = CONSTANTS["query_bytes"]
+    m.barriers[("query_full",)].expect(size)
+    m.copy([m.region("query", part) for part in LOADERS], ("query", i), ("query_full",), size)
+    yield
 
 
 def copy_query(m: Machine, i: int, loader: int) -> Step:
     rows = m.region("query", loader)
     yield from m.write(rows, ("query", i))
     yield from m.fence("query", [rows])
+
+
+def assign(m: Machine, i: int, loader: int) -> Step:
+    """What item `i` is and where its rows go: one loader says so."""
+    if loader == 0:
+        yield from m.write(item_region(m, "assignment", i), ("item", i))
 
 
 class MathWarp:
@@ -70,7 +88,7 @@ class MathWarp:
         self.item = -1
         self.sums = 0  # items with pages that passed
         self.count = 0  # pages that passed
-        self.own_pages = 0
+        self.own_meetings = 0  # of the half's warps
         self.others_pages = 0
         self.reading: list[Region] = []  # by WGMMA
 
@@ -102,6 +120,7 @@ class MathWarp:
     def left_pair(self, item: Item, page: int) -> Step:
         even, odd = self.count, self.count + 1
         yield from self.compute_scores(even)  # [1]
+        yield from self.release(even, ROPE)
         yield from self.release_query(item, page)
         tail = item.tail and page + 1 == item.pages
         yield from self.weigh(even, tail)  # [3]
@@ -129,7 +148,6 @@ class MathWarp:
             yield from self.weigh(odd, tail)  # [6]
         yield from self.finish_values()
         yield from self.release(even, RIGHT)
-        yield from self.release(even, ROPE)
         if not has_odd:
             return
         yield from self.publish_weights(odd)
@@ -161,15 +179,26 @@ class MathWarp:
             for region in zeroed:
                 yield from self.m.write(region, ("zero", n))
             yield from self.m.fence("tail", zeroed)
+            yield from self.meet_own_warps()
 
     def publish_weights(self, n: int) -> Step:
-        yield from self.m.arrive("own_warps", self.half)
-        yield from self.m.wait("own_warps", self.half, phase=self.own_pages)
-        weights = self.m.region("rope", n % len(SLOTS), self.warp)
+        if self.half == RIGHT:
+            yield from self.meet_own_warps()
+        weights = self.weights(self.half, n)
         yield from self.m.write(weights, ("P", n))
         yield from self.m.fence("weights", [weights])
         yield from self.m.arrive("weights_ready", self.half, count=SPEAKING_LANES)
-        self.own_pages += 1
+
+    def meet_own_warps(self) -> Step:
+        yield from self.m.arrive("own_warps", self.half)
+        yield from self.m.wait("own_warps", self.half, phase=self.own_meetings)
+        self.own_meetings += 1
+
+    def weights(self, owner: int, n: int) -> Region:
+        """P of an even page has a tile of its own, that of an odd one the page's rope tile."""
+        if owner == LEFT:
+            return self.m.region("even_weights", self.warp)
+        return self.m.region("rope", n % len(SLOTS), self.warp)
 
     def issue_own_values(self, n: int, tail: bool) -> Step:
         for region, tag in self.values(n, tail):
@@ -180,8 +209,7 @@ class MathWarp:
         yield from self.m.wait("weights_ready", self.other, phase=self.others_pages)
         self.others_pages += 1
         yield from self.read(self.m.region("row_max", self.other, self.warp), ("max", n))
-        weights = self.m.region("rope", n % len(SLOTS), self.warp)
-        self.begin_read(self.reading, weights, ("P", n))
+        self.begin_read(self.reading, self.weights(self.other, n), ("P", n))
         yield from self.issue_own_values(n, tail)
 
     def values(self, n: int, tail: bool) -> Iterator[tuple[Region, tuple[str, int]]]:

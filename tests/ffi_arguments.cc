@@ -16,13 +16,13 @@ struct DecodeCall {
   Buffer num_splits = {Dtype::S32, {4}};
   Buffer out = {Dtype::BF16, {3, 2, 16, 512}};
   Buffer lse = {Dtype::F32, {3, 2, 16}};
-  Buffer partial_out = {Dtype::F32, {8, 2, 16, 512}};
-  Buffer partial_lse = {Dtype::F32, {8, 2, 16}};
+  Buffer partial_out = {Dtype::F16, {8, 2, 16, 512}};
+  Buffer partial_rows = {Dtype::F32, {8, 2, 16, 4}};
 
   ffi::ErrorOr<DecodeParams> params() {
     return decode_params({q_latent.view(), q_rope.view(), kv_cache.view(), block_table.view(),
                           cache_seqlens.view(), tile_scheduler_metadata.view(), num_splits.view(),
-                          out.view(), lse.view(), partial_out.view(), partial_lse.view()},
+                          out.view(), lse.view(), partial_out.view(), partial_rows.view()},
                          0.125f, true);
   }
 };
@@ -106,10 +106,10 @@ void test_decode_errors() {
          [](DecodeCall& c) { c.out.shape.back() = 576; });
   breaks("lse: got float32[3,16,2], expected float32[3,2,16]",
          [](DecodeCall& c) { c.lse.shape = {3, 16, 2}; });
-  breaks("partial_out: got float32[4,2,16,512], expected float32[8,2,16,512]",
+  breaks("partial_out: got float16[4,2,16,512], expected float16[8,2,16,512]",
          [](DecodeCall& c) { c.partial_out.shape[0] = 4; });
-  breaks("partial_lse: got float32[8,2,8], expected float32[8,2,16]",
-         [](DecodeCall& c) { c.partial_lse.shape[2] = 8; });
+  breaks("partial_rows: got float32[8,2,8,4], expected float32[8,2,16,4]",
+         [](DecodeCall& c) { c.partial_rows.shape[2] = 8; });
 }
 
 void test_schedule() {

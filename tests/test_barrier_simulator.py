@@ -9,7 +9,14 @@ from collections.abc import Callable
 import pytest
 from barrier_layout import LEFT, RIGHT, ROPE, Item
 from barrier_machine import NO_FAULTS, Faults, Machine, Step, Violation
-from barrier_simulator import MathWarp, assign, copy_query, load_queries, simulate
+from barrier_simulator import (
+    MathWarp,
+    assign,
+    copy_queries,
+    load_queries,
+    request_query,
+    simulate,
+)
 
 ITEM_LISTS = {
     "nothing": [],
@@ -31,6 +38,11 @@ MIXED = [Item(3, tail=True), Item(0), Item(1), Item(1, tail=True), Item(4, tail=
 def test_protocol_holds(name: str) -> None:
     for seed in range(60):
         simulate(ITEM_LISTS[name], seed)
+
+
+def test_protocol_holds_with_copied_queries() -> None:
+    for seed in range(200):
+        simulate(MIXED, seed, query_loader=copy_queries)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -67,6 +79,11 @@ def found(
     ],
 )
 def test_a_missing_step_is_found(step: str) -> None:
+    assert found(Faults(skipped=(step,)), query_loader=copy_queries)
+
+
+@pytest.mark.parametrize("step", ["wait query_full", "wait query_empty", "arrive query_full"])
+def test_a_missing_step_is_found_with_queries_by_tma(step: str) -> None:
     assert found(Faults(skipped=(step,)))
 
 
@@ -95,15 +112,16 @@ def test_a_single_buffer_is_found(name: str) -> None:
 
 
 class EarlyRope(MathWarp):
-    """The right half frees P's tile before its WGMMA has read it."""
+    """The left half frees the odd page's P before its WGMMA has read it."""
 
     def issue_other_values(self, n: int, tail: bool) -> Step:
         yield from super().issue_other_values(n, tail)
-        if self.half == RIGHT:
+        if self.half == LEFT:
             yield from super().release(n, ROPE)
+            self.freed = n
 
     def release(self, n: int, part: int) -> Step:
-        if not (self.half == RIGHT and part == ROPE):
+        if not (part == ROPE and n == getattr(self, "freed", -1)):
             yield from super().release(n, part)
 
 
@@ -150,27 +168,30 @@ class SumsByItem(MathWarp):
         self.sums += 1
 
 
-@pytest.mark.parametrize("mistaken", [EarlyPage, EarlyQuery, EarlyReader, SilentSkip, SumsByItem])
+MISTAKEN = [EarlyPage, EarlyQuery, EarlyReader, SilentSkip, SumsByItem]
+
+
+@pytest.mark.parametrize("mistaken", MISTAKEN)
 def test_a_mistaken_role_is_found(mistaken: type[MathWarp]) -> None:
     assert found(math_warp=mistaken)
 
 
 def assign_early(m: Machine, items: list[Item], loader: int) -> Step:
     """The assignment is written while the halves may still be two items back."""
-    for i, item in enumerate(items):
+    for i in range(len(items)):
         yield from assign(m, i, loader)
         yield from m.wait("query_empty", phase=i - 1)
-        if item.pages:
-            yield from copy_query(m, i, loader)
+        if loader == 0:
+            yield from request_query(m, i)
         yield from m.arrive("query_full")
 
 
 def assign_late(m: Machine, items: list[Item], loader: int) -> Step:
     """The assignment is written after `query_full`."""
-    for i, item in enumerate(items):
+    for i in range(len(items)):
         yield from m.wait("query_empty", phase=i - 1)
-        if item.pages:
-            yield from copy_query(m, i, loader)
+        if loader == 0:
+            yield from request_query(m, i)
         yield from m.arrive("query_full")
         yield from assign(m, i, loader)
 

@@ -12,6 +12,10 @@ namespace flashmla::decode {
 struct Arguments {
   CUtensorMap half_map;  // pool as {64 columns, 64 tokens, 9 * h_kv tiles, pages}; box: half of V
   CUtensorMap rope_map;  // the same pool; box: one tile
+  // Where a request's packed rows follow one another (one KV head): {64 columns, R rows, tiles,
+  // batch}; box: the query tile's latent or rotary columns, rows from R on as zeros.
+  CUtensorMap q_latent_map;
+  CUtensorMap q_rope_map;
   DecodeParams params;
   int rows;          // R: packed query rows per request and KV head
   int heads_per_kv;  // h_q / h_kv; packed row r is query r / heads_per_kv

@@ -32,10 +32,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   sm90::fill_with_nan(shared_bytes, sizeof(Storage));
   if (threadIdx.x == 0) {
-    sm90::tma_prefetch_map(arguments.half_map);
-    sm90::tma_prefetch_map(arguments.rope_map);
+    const PartRange part = read_part(arguments, place.part);  // its latency hides behind the rest
+    for (const CUtensorMap* map : {&arguments.half_map, &arguments.rope_map,
+                                   &arguments.q_latent_map, &arguments.q_rope_map}) {
+      sm90::tma_prefetch_map(*map);
+    }
     init_barriers(storage.barriers);
-    storage.part = read_part(arguments, place.part);
+    storage.part = part;
   }
   __syncthreads();
   sm90::allow_next_kernel();

@@ -35,6 +35,18 @@ EncodeTiled encoder() {
   return function;
 }
 
+// Boxes of 64-column tiles in the 128-byte swizzle; what lies outside comes as zeros.
+bool encode(CUtensorMap& map, const DecodeParams& p, const void* base, const cuuint64_t (&sizes)[4],
+            const cuuint64_t (&strides)[3], const cuuint32_t (&box)[4]) {
+  const cuuint32_t element_strides[] = {1, 1, 1, 1};
+  const auto type = p.element_type == ElementType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return encoder()(&map, type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 // The pool as {64 columns, 64 tokens, 9 * h_kv tiles, pages}: one box is `tiles` swizzled tiles.
 bool encode_pool(CUtensorMap& map, const DecodeParams& p, int tiles) {
   const cuuint64_t token_bytes = static_cast<cuuint64_t>(p.h_kv) * kHeadDimQk * 2;
@@ -42,13 +54,19 @@ bool encode_pool(CUtensorMap& map, const DecodeParams& p, int tiles) {
                               static_cast<cuuint64_t>(p.num_pages)};
   const cuuint64_t strides[] = {token_bytes, sm90::kTileRowBytes, token_bytes * kPageSize};
   const cuuint32_t box[] = {64, kPageSize, static_cast<cuuint32_t>(tiles), 1};
-  const cuuint32_t element_strides[] = {1, 1, 1, 1};
-  const auto type = p.element_type == ElementType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encoder()(&map, type, 4, const_cast<void*>(p.kv_cache), sizes, strides, box,
-                   element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                   CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode(map, p, p.kv_cache, sizes, strides, box);
+}
+
+// Packed query rows as {64 columns, R rows, `columns` / 64 tiles, batch}; one box is a query tile.
+bool encode_query(CUtensorMap& map, const DecodeParams& p, const void* query, int stride,
+                  int columns) {
+  const cuuint64_t rows = static_cast<cuuint64_t>(p.s_q) * p.h_q;
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(stride) * 2;
+  const cuuint32_t tiles = static_cast<cuuint32_t>(columns) / 64;
+  const cuuint64_t sizes[] = {64, rows, tiles, static_cast<cuuint64_t>(p.batch)};
+  const cuuint64_t strides[] = {row_bytes, sm90::kTileRowBytes, row_bytes * rows};
+  const cuuint32_t box[] = {64, decode::kRowTile, tiles, 1};
+  return encode(map, p, query, sizes, strides, box);
 }
 
 Arguments make_arguments(const DecodeParams& params) {
@@ -98,7 +116,7 @@ const char* launch_type(const Arguments& a, cudaStream_t stream) {
   const auto kernel = p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>;
   if (const char* error = message(cudaLaunchKernelEx(&main, kernel, a))) return error;
   if (p.num_sm_parts == 1) return nullptr;  // nothing can be split
-  const long long blocks = combine::blocks_per_part(static_cast<long long>(p.h_kv) * a.rows);
+  const long long blocks = combine::kBlocksPerTile * tiles;
   cudaLaunchConfig_t merge = launch_config(blocks * p.num_sm_parts, combine::kThreads, 0, stream);
   cudaLaunchAttribute early_start = {};
   early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -128,11 +146,18 @@ const char* prepare_device() {
 const char* launch_decode(const DecodeParams& params, cudaStream_t stream) {
   Arguments a = make_arguments(params);
   const long long blocks = static_cast<long long>(params.h_kv) * a.row_tiles * params.num_sm_parts;
-  if (blocks > schedule::kMaxInt) return "too many query rows times SM parts for one grid";
+  if (blocks > schedule::kMaxInt / combine::kBlocksPerTile)
+    return "too many query rows times SM parts for one grid";
   if (encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled";
   if (params.num_pages > 0 && !(encode_pool(a.half_map, params, decode::kHalfTiles) &&
                                 encode_pool(a.rope_map, params, 1))) {
     return "kv_cache cannot be described to the TMA unit (16-byte aligned address?)";
+  }
+  if (params.h_kv == 1 &&
+      !(encode_query(a.q_latent_map, params, params.q_latent, params.q_latent_stride,
+                     kKvLoraRank) &&
+        encode_query(a.q_rope_map, params, params.q_rope, params.q_rope_stride, kRopeDim))) {
+    return "the query cannot be described to the TMA unit (16-byte aligned addresses and rows?)";
   }
   return params.element_type == ElementType::kBfloat16 ? launch_type<__nv_bfloat16>(a, stream)
                                                        : launch_type<__half>(a, stream);

@@ -16,27 +16,35 @@ struct RingPosition {
 };
 using PagePosition = RingPosition<kPageSlots>;
 
-// Page ids 32 at a time, one per lane: the latency of a table read is paid once per 32 pages.
+// Page ids 32 at a time, one per lane: the latency of a table read is paid once per 32 pages. The
+// first are asked for before the request's length is known, so that the two latencies overlap.
 class PageIds {
  public:
-  __device__ PageIds(const int* table_row, const WorkItem& item)
-      : table_row_(table_row), begin_(item.begin_page), end_(item.end_page) {}
+  __device__ PageIds(const Arguments& a, int request, int begin_page)
+      : table_row_(a.params.block_table +
+                   static_cast<long long>(request) * a.params.max_pages_per_seq),
+        width_(a.params.max_pages_per_seq),
+        begin_(begin_page) {
+    read(begin_page);
+  }
 
   // Called by the whole warp for begin_page, begin_page + 1, …
   __device__ __forceinline__ int get(int page) {
     const int index = (page - begin_) % 32;
-    if (index == 0) {
-      const int mine = page + static_cast<int>(threadIdx.x % 32);
-      held_ = mine < end_ ? table_row_[mine] : 0;
-    }
+    if (index == 0 && page != begin_) read(page);
     return __shfl_sync(~0u, held_, index);
   }
 
  private:
+  __device__ __forceinline__ void read(int page) {
+    const int mine = page + static_cast<int>(threadIdx.x % 32);
+    held_ = mine < width_ ? table_row_[mine] : 0;
+  }
+
   const int* table_row_;
+  int width_;
   int begin_;
-  int end_;
-  int held_ = 0;
+  int held_;
 };
 
 // One page in three requests, in the order in which the scores use them. An id outside the pool
@@ -62,9 +70,9 @@ __device__ __forceinline__ void stream_pages(Storage& storage, const Arguments& 
   const PartRange& part = storage.part;
   PagePosition position;
   for (int request = part.begin_request; in_part(part, a.params.batch, request); ++request) {
+    const int begin_page = request == part.begin_request ? part.begin_page : 0;
+    PageIds ids(a, request, clamped(begin_page, 0, a.params.max_pages_per_seq));
     const WorkItem item = read_item(a, part, request);
-    PageIds ids(a.params.block_table + static_cast<long long>(request) * a.params.max_pages_per_seq,
-                item);
     for (int page = item.begin_page; page < item.end_page; ++page, ++position.count) {
       const int page_id = ids.get(page);
       sm90::random_delay(a.params.delay_seed);
@@ -101,26 +109,56 @@ __device__ __forceinline__ void copy_query_columns(uint8_t (*tiles)[sm90::kTileB
   }
 }
 
-// Also reads what an item is, ahead of the math: its latency hides behind the item before.
+// The query tile of a request in two TMA requests; where it counts them, `full` expects the bytes.
+__device__ __forceinline__ void request_query(Storage& storage, const Arguments& a,
+                                              const BlockPlace& place, int request) {
+  sm90::Barrier& full = storage.barriers.query_full;
+  sm90::barrier_expect(full, sizeof(storage.query));
+  sm90::tma_load_4d(sm90::shared_address(storage.query[0]), a.q_latent_map, full, 0,
+                    place.first_row, 0, request);
+  sm90::tma_load_4d(sm90::shared_address(storage.query[kQkTiles - 1]), a.q_rope_map, full, 0,
+                    place.first_row, 0, request);
+}
+
+// Brings a later request's query tile to L2.
+__device__ __forceinline__ void prefetch_query(const Arguments& a, const BlockPlace& place,
+                                               int request) {
+  sm90::tma_prefetch_4d(a.q_latent_map, 0, place.first_row, 0, request);
+  sm90::tma_prefetch_4d(a.q_rope_map, 0, place.first_row, 0, request);
+}
+
+__device__ __forceinline__ void copy_query(Storage& storage, const Arguments& a,
+                                           const BlockPlace& place, int request, int loader) {
+  copy_query_columns<kKvLoraRank>(storage.query, static_cast<const uint16_t*>(a.params.q_latent),
+                                  a.params.q_latent_stride, a, place, request, loader);
+  copy_query_columns<kRopeDim>(storage.query + kQkTiles - 1,
+                               static_cast<const uint16_t*>(a.params.q_rope),
+                               a.params.q_rope_stride, a, place, request, loader);
+  sm90::copy_chunks_wait();
+  sm90::async_proxy_fence();
+}
+
+// Also tells the halves what the item is; reading that takes as long as the query tile.
 __device__ __forceinline__ void load_queries(Storage& storage, const Arguments& a,
                                              const BlockPlace& place, int loader) {
   const PartRange& part = storage.part;
+  const bool by_tma = a.params.h_kv == 1;
+  const bool speaks = loader == 0 && threadIdx.x % 32 == 0;
   uint32_t parity = 0;
   for (int request = part.begin_request; in_part(part, a.params.batch, request); ++request) {
-    const WorkItem item = read_item(a, part, request);
-    const int destination = find_destination(a, part, request);
     sm90::barrier_wait(storage.barriers.query_empty, parity ^ 1);
-    if (loader == 0 && threadIdx.x % 32 == 0) storage.assignments[parity] = {item, destination};
     sm90::random_delay(a.params.delay_seed);
-    if (item.begin_page < item.end_page) {
-      copy_query_columns<kKvLoraRank>(storage.query,
-                                      static_cast<const uint16_t*>(a.params.q_latent),
-                                      a.params.q_latent_stride, a, place, request, loader);
-      copy_query_columns<kRopeDim>(storage.query + kQkTiles - 1,
-                                   static_cast<const uint16_t*>(a.params.q_rope),
-                                   a.params.q_rope_stride, a, place, request, loader);
-      sm90::copy_chunks_wait();
-      sm90::async_proxy_fence();
+    if (by_tma) {
+      if (speaks) {
+        request_query(storage, a, place, request);
+        if (in_part(part, a.params.batch, request + 1)) prefetch_query(a, place, request + 1);
+      }
+    } else {
+      copy_query(storage, a, place, request, loader);
+    }
+    if (speaks) {
+      storage.assignments[parity] = {read_item(a, part, request),
+                                     find_destination(a, part, request)};
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) sm90::barrier_arrive(storage.barriers.query_full);

@@ -36,7 +36,7 @@ class Math {
   }
 
  private:
-  static constexpr int kOther = 1 - kHalf;
+  static constexpr Half kOther = kHalf == kLeftHalf ? kRightHalf : kLeftHalf;
 
   // The left half's steps for pairs of pages: an even one, its own, and an odd one, if there is
   // one.
@@ -45,6 +45,7 @@ class Math {
     for (int page = item.begin_page; page < item.end_page; page += 2, even.count += 2) {
       const PagePosition odd = {even.count + 1};
       compute_scores(even);  // [1]
+      release(barriers_.page_empty[even.slot()][kRope]);
       if (page + 2 >= item.end_page) release(barriers_.query_empty);
       weigh(item, page, even);  // [3]
       publish_weights(even);
@@ -71,7 +72,6 @@ class Math {
       if (has_odd) weigh(item, page + 1, odd);  // [6]
       finish_values();
       release(barriers_.page_empty[even.slot()][kRight]);
-      release(barriers_.page_empty[even.slot()][kRope]);
       if (!has_odd) break;
       publish_weights(odd);
       issue_own_values(odd);  // [8]
@@ -113,17 +113,18 @@ class Math {
     if (first_key + kPageSize > visible_keys(item.length, 0, a_.params.s_q, a_.params.causal)) {
       mask(item, first_key);
     }
+    softmax_.template weigh<T>(scores_, a_.scale_log2, weights_, page == item.begin_page, factor_);
+    if (speaks_for_rows()) {
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const float next = softmax_.grown(which, scores_, a_.scale_log2);
-      factor_[which] = softmax_.follow(which, next);
-      if (speaks_for_rows()) storage_.row_max[kHalf][fragment_row(which)] = next;
+      for (int which = 0; which < 2; ++which) {
+        storage_.row_max[kHalf][fragment_row(which)] = softmax_.reference[which];
+      }
     }
-    softmax_.template weigh<T>(scores_, a_.scale_log2, weights_);
     // Other warps may still multiply by this page's keys: what they see of the zeros is masked.
     if (first_key + kPageSize > item.length) {
       zero_values(position.slot(), item.length - first_key);
       sm90::async_proxy_fence();
+      named_barrier();
     }
   }
 
@@ -139,11 +140,20 @@ class Math {
 
   // The weights to shared memory, for the other half.
   __device__ __forceinline__ void publish_weights(PagePosition position) {
-    sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);  // all have read the rope tile
+    if (kHalf == kRightHalf) named_barrier();  // all have read the rope tile
     store_weights(position.slot());
     sm90::async_proxy_fence();
     __syncwarp();
     if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[kHalf]);
+  }
+
+  __device__ static __forceinline__ void named_barrier() {
+    sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);
+  }
+
+  __device__ __forceinline__ uint32_t weights_tile(Half owner, uint32_t slot) const {
+    return sm90::shared_address(owner == kLeftHalf ? storage_.even_weights
+                                                   : storage_.pages[slot][part_tiles(kRope).begin]);
   }
 
   // The page's keys from `first` on are not the request's: 0 weight times NaN would be NaN.
@@ -160,7 +170,7 @@ class Math {
   __device__ __forceinline__ void store_weights(uint32_t slot) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t row = threadIdx.x / 32 % kWarpsPerWarpgroup * 16 + lane % 16;
-    const uint32_t tile = sm90::shared_address(storage_.pages[slot][part_tiles(kRope).begin]);
+    const uint32_t tile = weights_tile(kHalf, slot);
 #pragma unroll
     for (uint32_t step = 0; step < 4; ++step) {
       sm90::store_matrix_x4(tile + sm90::swizzled_chunk(row, step * 2 + lane / 16), weights_[step]);
@@ -185,8 +195,7 @@ class Math {
       factor_[which] = softmax_.follow(which, heard(storage_.row_max[kOther], which));
     }
     rescale(out_, factor_);
-    uint64_t weights = sm90::k_major_descriptor(
-        sm90::shared_address(storage_.pages[position.slot()][part_tiles(kRope).begin]));
+    uint64_t weights = sm90::k_major_descriptor(weights_tile(kOther, position.slot()));
     sm90::hide_descriptor(weights);
     sm90::pin_registers(out_);
     sm90::wgmma_fence();
@@ -228,7 +237,7 @@ class Math {
     }
     item_parity_ ^= 1;
     store_item<T>(a_, place_, item.request, destination, kHalf, out_,
-                  finish_rows(softmax_.row_max, total));
+                  finish_rows(softmax_.reference, total));
   }
 
   // Of the four lanes that hold a row, the one that exchanges its maximum and sum, and arrives.

@@ -49,44 +49,47 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 // A thread's P fragment: four k-steps of 16 tokens, in the register order of a WGMMA A operand.
 using Weights = uint32_t[4][4];
 
+// How far, in log2 units, a row's scores may exceed its reference before the reference moves.
+// Weights up to 2^8 lose no accuracy, and moving seldom lets the weights be computed beside the
+// maximum instead of after it, and O stay as it is.
+inline constexpr float kReferenceSlack = 8.f;
+
 struct Softmax {
-  float row_max[2] = {kNegativeInfinity, kNegativeInfinity};
+  float reference[2] = {kNegativeInfinity, kNegativeInfinity};
   float row_sum[2] = {0.f, 0.f};  // of the pages this half owns; a quarter of each row per lane
 
   // Moves the reference to `next` and returns what earlier weights are to be multiplied by.
   __device__ __forceinline__ float follow(int which, float next) {
-    const float factor = exp2_approximate(row_max[which] - finite(next));
-    row_max[which] = next;
+    const float factor =
+        next == reference[which] ? 1.f : exp2_approximate(reference[which] - finite(next));
+    reference[which] = next;
     row_sum[which] *= factor;
     return factor;
   }
 
-  // The reference after a page with these scores.
-  __device__ __forceinline__ float grown(int which, const float (&scores)[32], float scale) const {
-    float most = kNegativeInfinity;
-#pragma unroll
-    for (int block = 0; block < 8; ++block) {
-      most = fmaxf(most, fmaxf(scores[block * 4 + which * 2], scores[block * 4 + which * 2 + 1]));
-    }
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-    return fmaxf(row_max[which], most * scale);
-  }
-
-  // Scores to weights, summed in float32 and rounded to T.
+  // Scores to weights, summed in float32 and rounded to T. Sets what earlier weights are to be
+  // multiplied by.
   template <class T>
-  __device__ __forceinline__ void weigh(float (&scores)[32], float scale, Weights& weights) {
-    const float reference[2] = {finite(row_max[0]), finite(row_max[1])};
+  __device__ __forceinline__ void weigh(const float (&scores)[32], float scale, Weights& weights,
+                                        bool first_page, float (&factor)[2]) {
+    float sum[2];
+    if (!first_page) exponentiate<T>(scores, scale, weights, sum);
+    float next[2];
+    bool grows = first_page;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int which = i / 2 % 2;
-      scores[i] = exp2_approximate(fmaf(scores[i], scale, -reference[which]));
-      row_sum[which] += scores[i];
+    for (int which = 0; which < 2; ++which) {
+      next[which] = row_maximum(which, scores) * scale;
+      if (!(next[which] > reference[which] + kReferenceSlack)) next[which] = reference[which];
+      grows |= next[which] != reference[which];
+      factor[which] = 1.f;
+    }
+    if (__any_sync(~0u, grows)) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) factor[which] = follow(which, next[which]);
+      exponentiate<T>(scores, scale, weights, sum);
     }
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      weights[i / 4][i % 4] = pack_pair<T>(scores[2 * i], scores[2 * i + 1]);
-    }
+    for (int which = 0; which < 2; ++which) row_sum[which] += sum[which];
   }
 
   // Adds up the lanes that share a row.
@@ -99,6 +102,32 @@ struct Softmax {
   }
 
  private:
+  __device__ static __forceinline__ float row_maximum(int which, const float (&scores)[32]) {
+    float most = kNegativeInfinity;
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+      most = fmaxf(most, fmaxf(scores[block * 4 + which * 2], scores[block * 4 + which * 2 + 1]));
+    }
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+  }
+
+  template <class T>
+  __device__ __forceinline__ void exponentiate(const float (&scores)[32], float scale,
+                                               Weights& weights, float (&sum)[2]) const {
+    sum[0] = sum[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      const int which = i / 2 % 2;
+      const float shift = -finite(reference[which]);
+      const float low = exp2_approximate(fmaf(scores[i], scale, shift));
+      const float high = exp2_approximate(fmaf(scores[i + 1], scale, shift));
+      sum[which] += low;
+      sum[which] += high;
+      weights[i / 8][i / 2 % 4] = pack_pair<T>(low, high);
+    }
+  }
+
   // A row without any key yet has no maximum: -inf - (-inf) would be NaN.
   __device__ static __forceinline__ float finite(float maximum) {
     return maximum == kNegativeInfinity ? 0.f : maximum;

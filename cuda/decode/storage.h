@@ -34,7 +34,8 @@ enum NamedBarrier : uint32_t {
 struct Storage {
   alignas(1024) uint8_t query[kQkTiles][sm90::kTileBytes];              // [9][64 rows][64 columns]
   alignas(1024) uint8_t pages[kPageSlots][kQkTiles][sm90::kTileBytes];  // [2][9][64 tokens][64]
-  // The weights P of a page replace its rope tile once its scores are known.
+  alignas(1024) uint8_t even_weights[sm90::kTileBytes];                 // P of an even page
+  // P of an odd page replaces the page's rope tile once its scores are known.
   float row_max[2][kRowTile];     // running maximum after the even / odd page, in log2 units
   float row_sum[2][2][kRowTile];  // by item parity, then half: sums of weights at an item's end
   Barriers barriers;

@@ -39,8 +39,6 @@ FLASHMLA_HOST_DEVICE constexpr int clamped(int value, int low, int high) {
   return value < low ? low : (value > high ? high : value);
 }
 
-FLASHMLA_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
-
 // The part's row of tile_scheduler_metadata.
 FLASHMLA_HOST_DEVICE PartRange read_part(const int* row, int batch) {
   return {clamped(row[0], 0, batch), row[1], clamped(row[2], 0, batch), row[3], row[4]};

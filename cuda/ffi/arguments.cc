@@ -75,8 +75,8 @@ ffi::ErrorOr<DecodeParams> decode_params(const DecodeBuffers& buffers, float sof
       {"num_splits", buffers.num_splits, kInt32, {batch + 1}},
       {"out", buffers.out, dtype, {batch, s_q, h_q, kHeadDimV}},
       {"lse", buffers.lse, kFloat32, {batch, s_q, h_q}},
-      {"partial_out", buffers.partial_out, kFloat32, {slots, h_kv, rows, kHeadDimV}},
-      {"partial_lse", buffers.partial_lse, kFloat32, {slots, h_kv, rows}},
+      {"partial_out", buffers.partial_out, kFloat16, {slots, h_kv, rows, kHeadDimV}},
+      {"partial_rows", buffers.partial_rows, kFloat32, {slots, h_kv, rows, kPartialRowFloats}},
   });
   if (error.failure()) return ffi::Unexpected(error);
 
@@ -93,8 +93,8 @@ ffi::ErrorOr<DecodeParams> decode_params(const DecodeBuffers& buffers, float sof
       .num_splits = data<const int>(buffers.num_splits),
       .out = data<void>(buffers.out),
       .lse = data<float>(buffers.lse),
-      .partial_out = data<float>(buffers.partial_out),
-      .partial_lse = data<float>(buffers.partial_lse),
+      .partial_out = data<uint16_t>(buffers.partial_out),
+      .partial_rows = data<PartialRow>(buffers.partial_rows),
       .q_latent_stride = static_cast<int>(q_latent_columns),
       .q_rope_stride = static_cast<int>(q_rope_columns),
       .batch = static_cast<int>(batch),

@@ -26,7 +26,7 @@ struct DecodeBuffers {
   ffi::AnyBuffer out;                      // [batch, s_q, h_q, 512]
   ffi::AnyBuffer lse;                      // [batch, s_q, h_q]
   ffi::AnyBuffer partial_out;              // [2 * num_sm_parts, h_kv, rows, 512]
-  ffi::AnyBuffer partial_lse;              // [2 * num_sm_parts, h_kv, rows]
+  ffi::AnyBuffer partial_rows;             // [2 * num_sm_parts, h_kv, rows, 4]
 };
 
 // The launch parameters that the buffers spell, or an error naming the argument, what was got and

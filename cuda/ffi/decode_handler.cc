@@ -10,7 +10,7 @@ static ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyB
                          ffi::AnyBuffer cache_seqlens, ffi::AnyBuffer tile_scheduler_metadata,
                          ffi::AnyBuffer num_splits, ffi::Result<ffi::AnyBuffer> out,
                          ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> partial_out,
-                         ffi::Result<ffi::AnyBuffer> partial_lse, float softmax_scale,
+                         ffi::Result<ffi::AnyBuffer> partial_rows, float softmax_scale,
                          bool causal) {
   const DecodeBuffers buffers = {
       .q_latent = q_latent,
@@ -23,7 +23,7 @@ static ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyB
       .out = *out,
       .lse = *lse,
       .partial_out = *partial_out,
-      .partial_lse = *partial_lse,
+      .partial_rows = *partial_rows,
   };
   const ffi::ErrorOr<DecodeParams> params = decode_params(buffers, softmax_scale, causal);
   if (params.has_error()) return params.error();
@@ -45,7 +45,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flashmla_decode_handler, flashmla::decode,
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Ret<xla::ffi::AnyBuffer>()  // lse
                                   .Ret<xla::ffi::AnyBuffer>()  // partial_out
-                                  .Ret<xla::ffi::AnyBuffer>()  // partial_lse
+                                  .Ret<xla::ffi::AnyBuffer>()  // partial_rows
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -19,6 +19,7 @@ namespace ffi = ::xla::ffi;
 constexpr int64_t kAnySize = -1;
 constexpr int64_t kMaxSize = std::numeric_limits<int>::max();  // launch parameters are int
 constexpr ffi::DataType kInt32 = ffi::DataType::S32;
+constexpr ffi::DataType kFloat16 = ffi::DataType::F16;
 constexpr ffi::DataType kFloat32 = ffi::DataType::F32;
 
 // Up to four sizes. No heap: a handler runs for every layer that is not replayed from a graph.

@@ -21,19 +21,28 @@ float fraction(size_t i) { return static_cast<float>(i * 2654435761u % 65536) / 
 
 // Partial results of all slots [2 * parts, h_kv, rows]; those of no split stay NaN.
 struct Partials {
-  std::vector<float> out, lse;
+  std::vector<uint16_t> out;  // float16
+  std::vector<PartialRow> rows;
+
+  double value(size_t row, int column) const {
+    return rows[row].scale[column / 256] * runner::to_float(out[row * kHeadDimV + column], true);
+  }
 };
 
 // Every third split is empty, and in row 0 all are.
 Partials make_partials(int splits) {
   const size_t rows = static_cast<size_t>(2 * splits) * kHeadsKv * kRows;
-  Partials partials = {std::vector<float>(rows * kHeadDimV, NAN), std::vector<float>(rows, NAN)};
+  Partials partials = {std::vector<uint16_t>(rows * kHeadDimV, 0xFFFF),
+                       std::vector<PartialRow>(rows, {NAN, {NAN, NAN}, NAN})};
   for (size_t i = 0; i < static_cast<size_t>(splits) * kHeadsKv * kRows; ++i) {
     const size_t row = i % (kHeadsKv * kRows), split = i / (kHeadsKv * kRows);
     const bool empty = row == 0 || (split % 3 == 1 && row % 2 == 1);
-    partials.lse[i] = empty ? -kInfinity : 60.f * fraction(i * 3) - 30.f;
+    partials.rows[i].lse = empty ? -kInfinity : 60.f * fraction(i * 3) - 30.f;
+    partials.rows[i].scale[0] = std::ldexp(1.f, -static_cast<int>(i % 5));
+    partials.rows[i].scale[1] = std::ldexp(1.f, static_cast<int>(i % 3));
     for (size_t c = 0; c < kHeadDimV; ++c) {
-      partials.out[i * kHeadDimV + c] = empty ? 0.f : fraction(i * kHeadDimV + c) - 0.5f;
+      const float value = empty ? 0.f : fraction(i * kHeadDimV + c) - 0.5f;
+      partials.out[i * kHeadDimV + c] = runner::from_float(value, true);
     }
   }
   return partials;
@@ -43,13 +52,13 @@ Partials make_partials(int splits) {
 double merge(const Partials& partials, int splits, int row, std::vector<double>& out) {
   const auto place = [&](int k) { return static_cast<size_t>(k) * kHeadsKv * kRows + row; };
   double most = -kInfinity, sum = 0;
-  for (int k = 0; k < splits; ++k) most = std::max<double>(most, partials.lse[place(k)]);
+  for (int k = 0; k < splits; ++k) most = std::max<double>(most, partials.rows[place(k)].lse);
   out.assign(kHeadDimV, 0.0);
   if (most == -kInfinity) return most;
   for (int k = 0; k < splits; ++k) {
-    const double weight = std::exp(partials.lse[place(k)] - most);
+    const double weight = std::exp(partials.rows[place(k)].lse - most);
     sum += weight;
-    for (int c = 0; c < kHeadDimV; ++c) out[c] += weight * partials.out[place(k) * kHeadDimV + c];
+    for (int c = 0; c < kHeadDimV; ++c) out[c] += weight * partials.value(place(k), c);
   }
   for (double& x : out) x /= sum;
   return most + std::log(sum);
@@ -60,13 +69,15 @@ void compare(Mismatches& mismatches, int splits) {
   constexpr bool kFp16 = kElementType<T> == ElementType::kFloat16;
   const Partials partials = make_partials(splits);
   std::vector<int> metadata(static_cast<size_t>(splits) * kScheduleColumns);
-  for (int part = 1; part < splits; ++part) {  // part 0 begins with request 0
-    const int row[] = {kSplit, part, kSplit, part + 1, part};
+  for (int part = 0; part < splits; ++part) {  // part 0 begins with request 0
+    const int row[] = {part == 0 ? 0 : kSplit, part, kSplit, part + 1, part};
     std::copy(std::begin(row), std::end(row), metadata.begin() + part * kScheduleColumns);
   }
   constexpr size_t kVectors = static_cast<size_t>(kBatch) * kQueries * kHeadsQ;
   const DeviceArray<int> device_metadata(metadata), num_splits({0, 1, 1 + splits, 2 + splits});
-  DeviceArray<float> partial_out(partials.out), partial_lse(partials.lse), lse(kVectors);
+  DeviceArray<uint16_t> partial_out(partials.out);
+  DeviceArray<PartialRow> partial_rows(partials.rows);
+  DeviceArray<float> lse(kVectors);
   DeviceArray<uint16_t> out(kVectors * kHeadDimV);
   lse.poison();
   out.poison();
@@ -76,7 +87,7 @@ void compare(Mismatches& mismatches, int splits) {
   a.params.out = out.get();
   a.params.lse = lse.get();
   a.params.partial_out = partial_out.get();
-  a.params.partial_lse = partial_lse.get();
+  a.params.partial_rows = partial_rows.get();
   a.params.batch = kBatch;
   a.params.s_q = kQueries;
   a.params.h_q = kHeadsQ;
@@ -84,7 +95,7 @@ void compare(Mismatches& mismatches, int splits) {
   a.params.num_sm_parts = splits;
   a.rows = kRows;
   a.heads_per_kv = kHeadsQ / kHeadsKv;
-  const int blocks = static_cast<int>(combine::blocks_per_part(kHeadsKv * kRows));
+  constexpr int blocks = combine::kBlocksPerTile * kHeadsKv;
   combine::combine_kernel<T><<<blocks * splits, combine::kThreads>>>(a, blocks);
   mismatches.synchronize("combine_kernel");
   const std::vector<uint16_t> got = out.host();
@@ -102,7 +113,7 @@ void compare(Mismatches& mismatches, int splits) {
     const double expected_lse = merge(partials, splits, row, expected);
     mismatches.expect(got_lse[vector], expected_lse, 2e-5, "lse of [splits][row]", splits, row);
     for (int c = 0; c < kHeadDimV; ++c) {
-      const double tolerance = 5e-6 + std::fabs(expected[c]) * (kFp16 ? 1e-3 : 8e-3);
+      const double tolerance = 2e-5 + std::fabs(expected[c]) * (kFp16 ? 1e-3 : 8e-3);
       mismatches.expect(runner::to_float(got[vector * kHeadDimV + c], kFp16), expected[c],
                         tolerance, "out of [row][column]", row, c);
     }

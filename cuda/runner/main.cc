@@ -52,7 +52,7 @@ class Step {
         out_(in.q_latent.size()),
         lse_(in.q_latent.size() / kKvLoraRank),
         partial_out_(partial_rows(o) * kHeadDimV),
-        partial_lse_(partial_rows(o)) {
+        partial_rows_(partial_rows(o)) {
     params_ = {.element_type = o.fp16 ? ElementType::kFloat16 : ElementType::kBfloat16,
                .q_latent = q_latent_.get(),
                .q_rope = q_rope_.get(),
@@ -64,7 +64,7 @@ class Step {
                .out = out_.get(),
                .lse = lse_.get(),
                .partial_out = partial_out_.get(),
-               .partial_lse = partial_lse_.get(),
+               .partial_rows = partial_rows_.get(),
                .q_latent_stride = kKvLoraRank,
                .q_rope_stride = kRopeDim,
                .batch = o.b,
@@ -86,7 +86,7 @@ class Step {
     out_.poison();
     lse_.poison();
     partial_out_.poison();
-    partial_lse_.poison();
+    partial_rows_.poison();
     params_.serial = serial;
     params_.delay_seed = delay;
     const ScheduleParams plan = {planned_.get(), metadata_.get(), splits_.get(), options_.b,
@@ -112,7 +112,9 @@ class Step {
   DeviceArray<uint16_t> q_latent_, q_rope_, kv_cache_;
   DeviceArray<int> block_table_, lengths_, planned_, metadata_, splits_;
   DeviceArray<uint16_t> out_;
-  DeviceArray<float> lse_, partial_out_, partial_lse_;
+  DeviceArray<float> lse_;
+  DeviceArray<uint16_t> partial_out_;
+  DeviceArray<PartialRow> partial_rows_;
   DecodeParams params_;
 };
 

@@ -61,7 +61,9 @@ bool time_calls(const Options& o) {
   DeviceArray<int> metadata(static_cast<size_t>(parts) * kScheduleColumns), splits(o.b + 1);
   DeviceArray<uint16_t> out(vectors * kHeadDimV);
   const size_t partial = static_cast<size_t>(2) * parts * o.s_q * o.h_q;
-  DeviceArray<float> lse(vectors), partial_out(partial * kHeadDimV), partial_lse(partial);
+  DeviceArray<float> lse(vectors);
+  DeviceArray<uint16_t> partial_out(partial * kHeadDimV);
+  DeviceArray<PartialRow> partial_rows(partial);
 
   std::vector<std::unique_ptr<DeviceArray<int>>> tables;
   size_t next = 0;
@@ -92,7 +94,7 @@ bool time_calls(const Options& o) {
         .out = out.get(),
         .lse = lse.get(),
         .partial_out = partial_out.get(),
-        .partial_lse = partial_lse.get(),
+        .partial_rows = partial_rows.get(),
         .q_latent_stride = kKvLoraRank,
         .q_rope_stride = kRopeDim,
         .batch = o.b,

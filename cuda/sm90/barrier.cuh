@@ -37,6 +37,14 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier& barrier, uint32_t
       : "memory");
 }
 
+// Bytes that the current phase waits for, without arriving.
+__device__ __forceinline__ void barrier_expect(Barrier& barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
 __device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

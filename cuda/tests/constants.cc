@@ -17,6 +17,7 @@ int print_constants() {
       {"left_bytes", part_bytes(kLeft)},
       {"right_bytes", part_bytes(kRight)},
       {"rope_bytes", part_bytes(kRope)},
+      {"query_bytes", sizeof(Storage::query)},
       {"warps_per_half", kWarpsPerWarpgroup},
       {"query_loader_warps", kQueryLoaderWarps},
       {"page_full_arrivals", kPageFullArrivals},

@@ -26,8 +26,8 @@ OPERANDS: Buffers = {
 RESULTS: Buffers = {
     "out": ((2, 1, 16, 512), "bfloat16"),
     "lse": ((2, 1, 16), "float32"),
-    "partial_out": ((2 * PARTS, 1, 16, 512), "float32"),
-    "partial_lse": ((2 * PARTS, 1, 16), "float32"),
+    "partial_out": ((2 * PARTS, 1, 16, 512), "float16"),
+    "partial_rows": ((2 * PARTS, 1, 16, 4), "float32"),
 }
 WRONG: dict[str, Buffers] = {
     "float32_q": {"q_latent": ((2, 1, 16, 512), "float32")},
@@ -49,8 +49,8 @@ WRONG: dict[str, Buffers] = {
     "small_out": {"out": ((1, 1, 16, 512), "bfloat16")},
     "out_dtype": {"out": ((2, 1, 16, 512), "float32")},
     "small_lse": {"lse": ((2, 1, 8), "float32")},
-    "small_workspace": {"partial_out": ((2 * PARTS - 1, 1, 16, 512), "float32")},
-    "small_lse_workspace": {"partial_lse": ((2 * PARTS, 1, 8), "float32")},
+    "small_workspace": {"partial_out": ((2 * PARTS - 1, 1, 16, 512), "float16")},
+    "small_row_workspace": {"partial_rows": ((2 * PARTS, 1, 8, 4), "float32")},
 }
 
 
