@@ -91,7 +91,7 @@ def test_decode_is_two_custom_calls_and_nothing_else() -> None:
 def test_results_are_out_lse_and_workspace() -> None:
     text = lowered(decode, *split_arrays(h_kv=2, dtype=jnp.float16))
     results = custom_calls(text)["jax_flashmla_decode"].split("-> ")[1]
-    shapes = ["2x3x8x512xf16", "2x3x8xf32", f"{2 * PARTS}x2x12x512xf32", f"{2 * PARTS}x2x12xf32"]
+    shapes = ["2x3x8x512xf16", "2x3x8xf32", f"{2 * PARTS}x2x12x512xf16", f"{2 * PARTS}x2x12x4xf32"]
     assert results == "(" + ", ".join(f"tensor<{shape}>" for shape in shapes) + ")"
     schedule = custom_calls(text)["jax_flashmla_schedule"].split("-> ")[1]
     assert schedule == "(tensor<7x8xi32>, tensor<3xi32>)"
