@@ -6,5 +6,6 @@ target_link_libraries(flashmla_runner PRIVATE kernels)
 
 # flashmla_probes: the building blocks of the kernels one by one on the GPU.
 file(GLOB probe_sources CONFIGURE_DEPENDS cuda/probes/*.cc cuda/probes/*.cu)
-add_executable(flashmla_probes ${probe_sources} cuda/runner/problem.cc)
+add_executable(flashmla_probes
+  ${probe_sources} cuda/runner/problem.cc cuda/schedule/kernel.cu)
 target_include_directories(flashmla_probes SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})

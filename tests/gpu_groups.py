@@ -87,7 +87,10 @@ def _sanitized_jax(tool: str, name: str = "jax", script: str = SMALL_JAX) -> Gro
     return Group(f"{name}-{tool}", 240, commands=(command,), environment=allocator)
 
 
-PROBES = ("boxes", "one_hot", "walk", "values", "weights", "ring", "named_barriers", "combine")
+PROBES = (
+    "boxes", "one_hot", "walk", "values", "weights", "ring", "named_barriers", "combine",
+    "schedule",
+)  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 GROUPS = (
     Group("probes", 20, commands=tuple(("{probes}", name) for name in PROBES)),

@@ -24,6 +24,7 @@ constexpr struct {
     {"ring", "the page ring over many pages and requests", probe_ring},
     {"named_barriers", "the meeting of a half's four warps", probe_named_barriers},
     {"combine", "the merge of 2 to 200 splits, some of them empty", probe_combine},
+    {"schedule", "the schedule of random batches, against the serial one", probe_schedule},
 };
 
 }  // namespace

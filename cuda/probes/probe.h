@@ -17,6 +17,7 @@ bool probe_weights();
 bool probe_ring();
 bool probe_named_barriers();
 bool probe_combine();
+bool probe_schedule();
 
 class Mismatches {
  public:

@@ -22,17 +22,41 @@ inline constexpr int kMaxInt = 0x7FFFFFFF;
 
 FLASHMLA_HOST_DEVICE constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
-// Pages of a request, bounded so that the costs of a whole batch fit an int.
-FLASHMLA_HOST_DEVICE constexpr int scheduled_pages(int length, int batch) {
-  const int cap = (kMaxInt - kShareCandidates) / batch - kRequestCost;
-  const int pages = length > 0 ? ceil_div(length, kPageSize) : 0;
-  return pages < cap ? pages : cap;
+// Divides any int >= 0 exactly by a divisor that many numbers share: a multiplication each.
+struct Divider {
+  int divisor;
+  unsigned reciprocal;
+
+  // reciprocal = (2^32 - e) / divisor with 1 <= e <= divisor, so number * reciprocal / 2^32 falls
+  // short of number / divisor by at most number / 2^32 < 1: its floor is the quotient or one less.
+  FLASHMLA_HOST_DEVICE constexpr int quotient(int number) const {
+    const unsigned long long product =
+        static_cast<unsigned long long>(static_cast<unsigned>(number)) * reciprocal;
+    const int low = static_cast<int>(product >> 32);
+    return low + (number - low * divisor >= divisor);
+  }
+};
+
+FLASHMLA_HOST_DEVICE constexpr Divider make_divider(int divisor) {
+  return {divisor, 0xFFFFFFFFu / static_cast<unsigned>(divisor)};
+}
+
+// The most pages that a request counts for, so that the costs of a whole batch fit an int.
+FLASHMLA_HOST_DEVICE constexpr int page_cap(int batch) {
+  return (kMaxInt - kShareCandidates) / batch - kRequestCost;
+}
+
+FLASHMLA_HOST_DEVICE constexpr int request_cost(int length, int page_cap) {
+  const unsigned tokens = length > 0 ? static_cast<unsigned>(length) : 0;
+  const int pages = static_cast<int>((tokens + kPageSize - 1) / kPageSize);
+  return kRequestCost + (pages < page_cap ? pages : page_cap);
 }
 
 // The least cost that each part must take. Up to kShareCandidates - 1 more may be better, if it
-// cuts the batch into fewer pieces or spares the merge: choose_share weighs that.
-FLASHMLA_HOST_DEVICE constexpr int least_share(int total_cost, int num_sm_parts) {
-  const int share = ceil_div(total_cost, num_sm_parts);
+// cuts the batch into fewer pieces or spares the merge: candidate_cost weighs that.
+FLASHMLA_HOST_DEVICE constexpr int least_share(int total_cost, Divider num_sm_parts) {
+  const int whole = num_sm_parts.quotient(total_cost);
+  const int share = whole + (whole * num_sm_parts.divisor != total_cost);
   return share > kMinShare ? share : kMinShare;
 }
 
@@ -45,40 +69,31 @@ struct Cut {
 
 // Whether part `part` begins behind the last request (0 < part: part 0 never does unless batch =
 // 0).
-FLASHMLA_HOST_DEVICE constexpr bool behind_the_end(int part, int share, int total_cost) {
-  return part > (total_cost - 1) / share;  // part * share >= total_cost without overflow
+FLASHMLA_HOST_DEVICE constexpr bool behind_the_end(int part, Divider share, int total_cost) {
+  return part > share.quotient(total_cost - 1);  // part * share >= total_cost without overflow
 }
 
 // The cut at part * share, inside `request` whose cost begins at `cost_before`.
-FLASHMLA_HOST_DEVICE constexpr Cut cut_inside(int part, int share, int request, int cost_before) {
+FLASHMLA_HOST_DEVICE constexpr Cut cut_inside(int part, Divider share, int request,
+                                              int cost_before) {
   const int first_page_cost = cost_before + kRequestCost;
-  const int page = part * share - first_page_cost;
+  const int page = part * share.divisor - first_page_cost;
   if (page <= 0) return {request, 0, 0};
-  return {request, page, part - first_page_cost / share};
+  return {request, page, part - share.quotient(first_page_cost)};
 }
 
-// Splits of a request whose cost is the interval [cost_before, cost_after).
-FLASHMLA_HOST_DEVICE constexpr int split_count(int cost_before, int cost_after, int share) {
-  const int cuts = (cost_after - 1) / share - (cost_before + kRequestCost) / share;
-  return 1 + (cuts > 0 ? cuts : 0);
+// Cuts that fall behind the first page of a request whose cost is the interval [cost_before,
+// cost_after): one less than its splits. 0 for the interval [total_cost, total_cost).
+FLASHMLA_HOST_DEVICE constexpr int cuts_inside(int cost_before, int cost_after, Divider share) {
+  const int cuts = share.quotient(cost_after - 1) - share.quotient(cost_before + kRequestCost);
+  return cuts > 0 ? cuts : 0;
 }
 
-// The candidate least_share + c whose cost is least, given into how many pieces each cuts the
-// batch. Costs are summed over the parts; the first of equal ones is taken.
-FLASHMLA_HOST_DEVICE constexpr int choose_share(int least_share, const int* pieces, int batch,
-                                                int num_sm_parts) {
-  int best = 0;
-  long long best_cost = 0;
-  for (int c = 0; c < kShareCandidates; ++c) {
-    const long long merge = pieces[c] > batch ? kMergeCost : 0;
-    const long long cost =
-        (c + merge) * num_sm_parts + static_cast<long long>(kPieceCost) * pieces[c];
-    if (c == 0 || cost < best_cost) {
-      best = c;
-      best_cost = cost;
-    }
-  }
-  return least_share + best;
+// What the candidate least_share + c costs, summed over the parts, given into how many pieces it
+// cuts the batch. The first of the cheapest is taken. Fits an int up to 2^26 parts.
+FLASHMLA_HOST_DEVICE constexpr int candidate_cost(int c, int pieces, int batch, int num_sm_parts) {
+  const int merge = pieces > batch ? kMergeCost : 0;
+  return (c + merge) * num_sm_parts + kPieceCost * pieces;
 }
 
 // Workspace slot of split `split` of `request`: requests that are not split use none, so

@@ -5,6 +5,7 @@ namespace flashmla::tests {
 
 int print_constants();
 int plan_schedules();
+int check_divisions();
 int check_work_items();
 
 }  // namespace flashmla::tests

@@ -1,11 +1,11 @@
-// The schedule's definition run serially: the same functions that the device kernel calls.
+// The schedule run serially, and the division that it is made of.
 #include <cstdio>
 #include <iostream>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "../schedule/plan.h"
+#include "../schedule/serial.h"
 #include "host_programs.h"
 
 namespace flashmla::tests {
@@ -13,58 +13,17 @@ namespace {
 
 using namespace schedule;
 
-struct Costs {
-  std::vector<int> before;  // [batch + 1]: where each request begins, then the total
-  int batch() const { return static_cast<int>(before.size()) - 1; }
-  int total() const { return before.back(); }
-};
-
-Costs costs_of(const std::vector<int>& lengths) {
-  Costs costs = {{0}};
-  const int batch = static_cast<int>(lengths.size());
-  for (const int length : lengths) {
-    costs.before.push_back(costs.total() + kRequestCost + scheduled_pages(length, batch));
+// The quotients around a multiple of the divisor, where rounding would show first.
+bool divides(int divisor, long long multiple) {
+  const Divider divider = make_divider(divisor);
+  for (long long number = multiple - 2; number <= multiple + 2; ++number) {
+    if (number < 0 || number > kMaxInt) continue;
+    const int quotient = divider.quotient(static_cast<int>(number));
+    if (quotient == number / divisor) continue;
+    std::printf("%lld / %d: got %d\n", number, divisor, quotient);
+    return false;
   }
-  return costs;
-}
-
-int share_of(const Costs& costs, int num_sm_parts) {
-  const int least = least_share(costs.total(), num_sm_parts);
-  if (costs.batch() > kMaxCandidateBatch) return least;
-  int pieces[kShareCandidates] = {};
-  for (int r = 0; r < costs.batch(); ++r) {
-    for (int c = 0; c < kShareCandidates; ++c) {
-      pieces[c] += split_count(costs.before[r], costs.before[r + 1], least + c);
-    }
-  }
-  return choose_share(least, pieces, costs.batch(), num_sm_parts);
-}
-
-Cut cut_of(const Costs& costs, int share, int num_sm_parts, int part) {
-  if (part >= num_sm_parts || behind_the_end(part, share, costs.total())) {
-    return {costs.batch(), 0, 0};
-  }
-  int request = 0;
-  while (costs.before[request + 1] <= part * share) ++request;
-  return cut_inside(part, share, request, costs.before[request]);
-}
-
-// Prints the metadata's five columns part by part, then num_splits.
-void print_schedule(int num_sm_parts, const std::vector<int>& lengths) {
-  const Costs costs = costs_of(lengths);
-  const int share = share_of(costs, num_sm_parts);
-  for (int part = 0; part < num_sm_parts; ++part) {
-    const Cut begin = cut_of(costs, share, num_sm_parts, part);
-    const Cut end = cut_of(costs, share, num_sm_parts, part + 1);
-    std::printf("%d %d %d %d %d ", begin.request, begin.page, end.request, end.page, begin.split);
-  }
-  int splits = 0;
-  std::printf("0");
-  for (int r = 0; r < costs.batch(); ++r) {
-    splits += split_count(costs.before[r], costs.before[r + 1], share);
-    std::printf(" %d", splits);
-  }
-  std::printf("\n");
+  return true;
 }
 
 }  // namespace
@@ -78,7 +37,31 @@ int plan_schedules() {
     std::vector<int> lengths(static_cast<size_t>(batch));
     for (int& length : lengths) words >> length;
     if (!words) return 1;
-    print_schedule(num_sm_parts, lengths);
+    const Schedule schedule = serial_schedule(lengths, num_sm_parts);
+    for (const int x : schedule.metadata) std::printf("%d ", x);
+    for (const int x : schedule.num_splits) std::printf("%d ", x);
+    std::printf("\n");
+  }
+  return 0;
+}
+
+// Every divisor up to 5000, every power of two and its neighbours, every 9973rd number; of each the
+// first multiples, the last ones and some between.
+int check_divisions() {
+  std::vector<int> divisors;
+  for (int d = 1; d <= 5000; ++d) divisors.push_back(d);
+  for (long long power = 1; power <= 1ll << 31; power *= 2) {
+    for (long long d = power - 2; d <= power + 2; ++d) {
+      if (1 <= d && d <= kMaxInt) divisors.push_back(static_cast<int>(d));
+    }
+  }
+  for (long long d = 1; d <= kMaxInt; d += 9973) divisors.push_back(static_cast<int>(d));
+  for (const int divisor : divisors) {
+    const long long last = kMaxInt / divisor;
+    for (const long long factor : {0ll, 1ll, 2ll, last / 3, last / 2, last - 1, last, last + 1}) {
+      if (!divides(divisor, factor * divisor)) return 1;
+    }
+    if (!divides(divisor, kMaxInt)) return 1;
   }
   return 0;
 }
