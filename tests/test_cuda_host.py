@@ -5,6 +5,7 @@ from pathlib import Path
 
 import barrier_layout
 import cuda_host
+import few_rows_simulator
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,5 +77,6 @@ def test_work_items_stay_inside_whatever_the_metadata(program: Path) -> None:
     cuda_host.run(program, "work")
 
 
-def test_the_simulator_has_the_constants_of_the_kernel(program: Path) -> None:
+def test_the_simulators_have_the_constants_of_the_kernels(program: Path) -> None:
     assert json.loads(cuda_host.run(program, "constants")) == barrier_layout.CONSTANTS
+    assert json.loads(cuda_host.run(program, "few")) == few_rows_simulator.CONSTANTS

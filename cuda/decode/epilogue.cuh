@@ -66,20 +66,24 @@ __device__ __forceinline__ void store_row(uint16_t* row, const float (&out)[128]
   }
 }
 
-// The power of two that brings the largest of a row's values times `factor` to 2^14 … 2^15.
-__device__ __forceinline__ float partial_scale(const float (&out)[128], int which, float factor) {
+// The power of two that brings `most`, the largest of a row's values, to 2^14 … 2^15.
+__device__ __forceinline__ float partial_scale(float most) {
+  constexpr int kBias = 127, kTopExponent = 14, kLeastExponent = 40, kInfinite = 255;
+  int exponent = __float_as_int(most) >> 23 & 0xFF;
+  if (exponent == kInfinite) exponent = kBias + kTopExponent;  // beyond repair: as it is
+  exponent = exponent > kLeastExponent ? exponent : kLeastExponent;
+  return __int_as_float((2 * kBias + kTopExponent - exponent) << 23);
+}
+
+// The largest of a row's values.
+__device__ __forceinline__ float row_magnitude(const float (&out)[128], int which) {
   float most = 0.f;
 #pragma unroll
   for (int i = which * 2; i < 128; i += 4) {
     most = fmaxf(most, fmaxf(fabsf(out[i]), fabsf(out[i + 1])));
   }
   most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-  most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-  constexpr int kBias = 127, kTopExponent = 14, kLeastExponent = 40, kInfinite = 255;
-  int exponent = __float_as_int(most * factor) >> 23 & 0xFF;
-  if (exponent == kInfinite) exponent = kBias + kTopExponent;  // beyond repair: as it is
-  exponent = exponent > kLeastExponent ? exponent : kLeastExponent;
-  return __int_as_float((2 * kBias + kTopExponent - exponent) << 23);
+  return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
 }
 
 template <class T>
@@ -99,7 +103,7 @@ __device__ __forceinline__ void store_item(const Arguments& a, const BlockPlace&
       if (speaks && half == kLeftHalf) a.params.lse[target] = result.lse[which];
     } else {
       target = (static_cast<long long>(destination) * a.params.h_kv + place.kv_head) * a.rows + row;
-      const float scale = partial_scale(out, which, factor);
+      const float scale = partial_scale(row_magnitude(out, which) * factor);
       factor *= scale;
       if (speaks) {
         PartialRow& partial = a.params.partial_rows[target];

@@ -5,56 +5,19 @@
 #include <cmath>
 
 #include "../combine/kernel.cuh"
+#include "../decode_few/launch.h"
 #include "../launch.h"
 #include "../schedule/kernel.h"
 #include "kernel.cuh"
+#include "tensor_map.h"
 
 namespace flashmla {
 namespace {
 
 using decode::Arguments;
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
 const char* message(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// The driver's encoder, without linking against libcuda. nullptr if the driver lacks it.
-EncodeTiled find_encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<EncodeTiled>(function);
-}
-
-EncodeTiled encoder() {
-  static const EncodeTiled function = find_encoder();
-  return function;
-}
-
-// Boxes of 64-column tiles in the 128-byte swizzle; what lies outside comes as zeros.
-bool encode(CUtensorMap& map, const DecodeParams& p, const void* base, const cuuint64_t (&sizes)[4],
-            const cuuint64_t (&strides)[3], const cuuint32_t (&box)[4]) {
-  const cuuint32_t element_strides[] = {1, 1, 1, 1};
-  const auto type = p.element_type == ElementType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encoder()(&map, type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                   CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// The pool as {64 columns, 64 tokens, 9 * h_kv tiles, pages}: one box is `tiles` swizzled tiles.
-bool encode_pool(CUtensorMap& map, const DecodeParams& p, int tiles) {
-  const cuuint64_t token_bytes = static_cast<cuuint64_t>(p.h_kv) * kHeadDimQk * 2;
-  const cuuint64_t sizes[] = {64, kPageSize, static_cast<cuuint64_t>(p.h_kv) * decode::kQkTiles,
-                              static_cast<cuuint64_t>(p.num_pages)};
-  const cuuint64_t strides[] = {token_bytes, sm90::kTileRowBytes, token_bytes * kPageSize};
-  const cuuint32_t box[] = {64, kPageSize, static_cast<cuuint32_t>(tiles), 1};
-  return encode(map, p, p.kv_cache, sizes, strides, box);
 }
 
 // Packed query rows as {64 columns, R rows, `columns` / 64 tiles, batch}; one box is a query tile.
@@ -66,7 +29,7 @@ bool encode_query(CUtensorMap& map, const DecodeParams& p, const void* query, in
   const cuuint64_t sizes[] = {64, rows, tiles, static_cast<cuuint64_t>(p.batch)};
   const cuuint64_t strides[] = {row_bytes, sm90::kTileRowBytes, row_bytes * rows};
   const cuuint32_t box[] = {64, decode::kRowTile, tiles, 1};
-  return encode(map, p, query, sizes, strides, box);
+  return decode::encode(map, p, query, sizes, strides, box);
 }
 
 Arguments make_arguments(const DecodeParams& params) {
@@ -80,6 +43,20 @@ Arguments make_arguments(const DecodeParams& params) {
   if (params.num_pages == 0) a.max_length = 0;
   a.scale_log2 = params.softmax_scale * static_cast<float>(M_LOG2E);
   return a;
+}
+
+const char* encode_maps(Arguments& a) {
+  const DecodeParams& p = a.params;
+  if (p.num_pages > 0 && !(decode::encode_pool(a.half_map, p, decode::kHalfTiles) &&
+                           decode::encode_pool(a.rope_map, p, 1))) {
+    return "kv_cache cannot be described to the TMA unit (16-byte aligned address?)";
+  }
+  if (p.h_kv == 1 &&
+      !(encode_query(a.q_latent_map, p, p.q_latent, p.q_latent_stride, kKvLoraRank) &&
+        encode_query(a.q_rope_map, p, p.q_rope, p.q_rope_stride, kRopeDim))) {
+    return "the query cannot be described to the TMA unit (16-byte aligned addresses and rows?)";
+  }
+  return nullptr;
 }
 
 template <class T, bool kSerial>
@@ -107,16 +84,25 @@ cudaLaunchConfig_t launch_config(long long blocks, int threads, size_t shared_by
   return config;
 }
 
+// The kernel for row tiles of 64.
+template <class T>
+const char* launch_tiles(const Arguments& a, cudaStream_t stream) {
+  const DecodeParams& p = a.params;
+  const long long blocks = static_cast<long long>(p.h_kv) * a.row_tiles * p.num_sm_parts;
+  const cudaLaunchConfig_t config =
+      launch_config(blocks, decode::kThreads, sizeof(decode::Storage), stream);
+  const auto kernel = p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>;
+  return message(cudaLaunchKernelEx(&config, kernel, a));
+}
+
 template <class T>
 const char* launch_type(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;
-  const long long tiles = static_cast<long long>(p.h_kv) * a.row_tiles;
-  const cudaLaunchConfig_t main =
-      launch_config(tiles * p.num_sm_parts, decode::kThreads, sizeof(decode::Storage), stream);
-  const auto kernel = p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>;
-  if (const char* error = message(cudaLaunchKernelEx(&main, kernel, a))) return error;
+  const char* const error =
+      a.rows <= decode_few::kMostRows ? decode_few::launch(a, stream) : launch_tiles<T>(a, stream);
+  if (error != nullptr) return error;
   if (p.num_sm_parts == 1) return nullptr;  // nothing can be split
-  const long long blocks = combine::kBlocksPerTile * tiles;
+  const long long blocks = static_cast<long long>(combine::kBlocksPerTile) * p.h_kv * a.row_tiles;
   cudaLaunchConfig_t merge = launch_config(blocks * p.num_sm_parts, combine::kThreads, 0, stream);
   cudaLaunchAttribute early_start = {};
   early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -137,8 +123,9 @@ const char* prepare_device() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) return "the device is not sm_90 (Hopper): no kernel for it";
-  if (encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled";
+  if (!decode::has_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled";
   if (const char* error = schedule::prepare()) return error;
+  if (const char* error = decode_few::prepare()) return error;
   if (const char* error = prepare_type<__nv_bfloat16>()) return error;
   return prepare_type<__half>();
 }
@@ -148,17 +135,9 @@ const char* launch_decode(const DecodeParams& params, cudaStream_t stream) {
   const long long blocks = static_cast<long long>(params.h_kv) * a.row_tiles * params.num_sm_parts;
   if (blocks > schedule::kMaxInt / combine::kBlocksPerTile)
     return "too many query rows times SM parts for one grid";
-  if (encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled";
-  if (params.num_pages > 0 && !(encode_pool(a.half_map, params, decode::kHalfTiles) &&
-                                encode_pool(a.rope_map, params, 1))) {
-    return "kv_cache cannot be described to the TMA unit (16-byte aligned address?)";
-  }
-  if (params.h_kv == 1 &&
-      !(encode_query(a.q_latent_map, params, params.q_latent, params.q_latent_stride,
-                     kKvLoraRank) &&
-        encode_query(a.q_rope_map, params, params.q_rope, params.q_rope_stride, kRopeDim))) {
-    return "the query cannot be described to the TMA unit (16-byte aligned addresses and rows?)";
-  }
+  if (!decode::has_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled";
+  const bool few = a.rows <= decode_few::kMostRows;
+  if (const char* error = few ? nullptr : encode_maps(a)) return error;
   return params.element_type == ElementType::kBfloat16 ? launch_type<__nv_bfloat16>(a, stream)
                                                        : launch_type<__half>(a, stream);
 }

@@ -22,11 +22,11 @@ inline constexpr bool kDelays = kDebug;
 
 inline constexpr long long kDebugWaitClocks = 2'000'000'000;  // about a second
 
-// The barrier is named by its shared-memory address: storage.h gives the order of the barriers.
+// The barrier is named by its shared-memory address: the kernel's storage.h gives their order.
 __device__ __noinline__ inline void report_stuck_barrier(uint32_t address, uint32_t parity) {
   printf(
-      "stuck: block %d, warp %d (0-3 producer, 4-7 left half, 8-11 right half), lane %d, barrier "
-      "at %u, parity %u\n",
+      "stuck: block %d, warp %d (cuda/README.md has the roles), lane %d, barrier at %u, parity "
+      "%u\n",
       static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x / 32),
       static_cast<int>(threadIdx.x % 32), address, parity);
   asm volatile("trap;");

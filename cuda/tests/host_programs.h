@@ -4,6 +4,7 @@
 namespace flashmla::tests {
 
 int print_constants();
+int print_few_constants();
 int plan_schedules();
 int check_divisions();
 int check_work_items();

@@ -1,0 +1,110 @@
+// The loading warps: the producer asks TMA for page parts, the query loader for queries, and says
+// what each item is.
+#pragma once
+
+#include "../decode/load.cuh"
+#include "../sm90/copy.cuh"
+#include "arguments.h"
+#include "storage.h"
+
+namespace flashmla::decode_few {
+
+// Walks a ring of kSlots: the slot to use, and the parity of its phase.
+template <int kSlots>
+struct RingPosition {
+  uint32_t slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int slots = 1) {
+    slot += slots;
+    if (slot >= kSlots) {
+      slot -= kSlots;
+      parity ^= 1;
+    }
+  }
+};
+
+// Lane p of the producer asks for part p of every page, in a slot of its own, and waits for nobody
+// else's. A page id outside the pool gives zeros.
+template <int kRows>
+__device__ __forceinline__ void stream_pages(Storage<kRows>& storage, const Arguments& a,
+                                             int kv_head, const PartRange& part) {
+  auto& barriers = storage.small.barriers;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  RingPosition<Storage<kRows>::kSlots> position;
+  position.advance(lane % kPageParts);
+  for (int request = part.begin_request; decode::in_part(part, a.params.batch, request);
+       ++request) {
+    const int begin_page = request == part.begin_request ? part.begin_page : 0;
+    decode::PageIds ids(a, request, decode::clamped(begin_page, 0, a.params.max_pages_per_seq));
+    const WorkItem item = decode::read_item(a, part, request);
+    for (int page = item.begin_page; page < item.end_page; ++page) {
+      const int page_id = ids.get(page);
+      sm90::random_delay(a.params.delay_seed);
+      bool wanted = lane < kPageParts;
+      while (wanted) {
+        sm90::Barrier& full = barriers.part_full[position.slot];
+        if (!sm90::barrier_try_wait(barriers.part_empty[position.slot], position.parity ^ 1)) {
+          continue;
+        }
+        sm90::barrier_arrive_expect(full, kPartBytes);
+        sm90::tma_load_4d(sm90::shared_address(storage.parts[position.slot]), a.page_map, full, 0,
+                          0, kv_head * kQkTiles + lane * kPartTiles, page_id);
+        wanted = false;
+      }
+      __syncwarp();
+      position.advance(kPageParts);
+    }
+  }
+}
+
+// A request's rows of Q.
+template <int kRows>
+__device__ __forceinline__ void request_query(Storage<kRows>& storage, const Arguments& a,
+                                              int kv_head, int request, uint32_t buffer) {
+  sm90::Barrier& full = storage.small.barriers.query_full[buffer];
+  auto& query = storage.query[buffer];
+  const int box_tiles = query_box_tiles(a.rows);
+  const int head = kv_head * a.heads_per_kv;
+  const int token = request * a.params.s_q;
+  sm90::barrier_arrive_expect(full, a.rows * kHeadDimQk * 2);
+  for (int tile = 0; tile < kValueTiles; tile += box_tiles) {
+    sm90::tma_load_4d(sm90::shared_address(query[tile]), a.query_latent_map, full, 0, head, token,
+                      tile);
+  }
+  sm90::tma_load_4d(sm90::shared_address(query[kValueTiles]), a.query_rope_map, full, 0, head,
+                    token, 0);
+}
+
+// Every item's query, even if it has no pages, and what the item is. The first lane does it all.
+template <int kRows>
+__device__ __forceinline__ void load_queries(Storage<kRows>& storage, const Arguments& a,
+                                             int kv_head, const PartRange& part) {
+  auto& barriers = storage.small.barriers;
+  if (threadIdx.x % 32 != 0) return;
+  uint32_t count = 0;
+  for (int request = part.begin_request; decode::in_part(part, a.params.batch, request);
+       ++request, ++count) {
+    const uint32_t buffer = count % 2;
+    sm90::barrier_wait(barriers.query_empty[buffer], count / 2 % 2 ^ 1);
+    request_query(storage, a, kv_head, request, buffer);
+    storage.small.assignments[buffer] = {decode::read_item(a, part, request),
+                                         decode::find_destination(a, part, request)};
+    sm90::barrier_arrive(barriers.query_full[buffer]);
+  }
+}
+
+// Rows of the query tiles that no query fills, at most seven: zero, once.
+template <int kRows>
+__device__ __forceinline__ void clear_padding(Storage<kRows>& storage, int rows, int warp) {
+  if (rows == kRows) return;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int tile = warp; tile < 2 * kQkTiles; tile += kThreads / 32) {
+    for (int row = rows + lane / 8; row < kRows; row += 4) {
+      uint4* const chunks = reinterpret_cast<uint4*>(storage.query[0][tile]) + row * 8;
+      chunks[lane % 8] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  sm90::async_proxy_fence();
+}
+
+}  // namespace flashmla::decode_few

@@ -1,0 +1,184 @@
+// The values warpgroup: Oᵀ += Vᵀ Pᵀ and the output. Numbers in brackets are the steps in README.md.
+#pragma once
+
+#include "epilogue.cuh"
+#include "scores.cuh"
+
+namespace flashmla::decode_few {
+
+template <class T, int kRows, bool kSerial>
+class Values {
+ public:
+  using Storage = decode_few::Storage<kRows>;
+
+  __device__ Values(Storage& storage, const Arguments& a, int kv_head)
+      : storage_(storage), barriers_(storage.small.barriers), a_(a), kv_head_(kv_head) {}
+
+  __device__ __forceinline__ void run(const PartRange& part) {
+    for (int request = part.begin_request; decode::in_part(part, a_.params.batch, request);
+         ++request, ++item_count_) {
+      const uint32_t buffer = item_count_ % 2;
+      sm90::barrier_wait(barriers_.query_full[buffer], item_count_ / 2 % 2);
+      const decode::Assignment& assignment = storage_.small.assignments[buffer];
+      begin_item();
+      const int pages = assignment.item.end_page - assignment.item.begin_page;
+      for (int page = 1; page < pages; ++page) {
+        issue_page();
+        finish_page();
+      }
+      // Read no sooner: registers are scarce.
+      const Target target(a_, kv_head_, request, assignment.destination);
+      pages > 0 ? last_page(target) : no_page(target);
+      release(barriers_.query_empty[buffer]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void begin_item() {
+#pragma unroll
+    for (auto& tile : out_) {
+#pragma unroll
+      for (float& value : tile) value = 0.f;
+    }
+    sm90::random_delay(a_.params.delay_seed);
+  }
+
+  // Oᵀ += Vᵀ Pᵀ of a page.
+  __device__ __forceinline__ void issue_page() {
+    rescale();  // [4]
+#pragma unroll
+    for (uint32_t& slot : slots_) {
+      slot = position_.slot;
+      position_.advance();
+    }
+    ++page_count_;
+    const uint64_t weights = sm90::k_major_descriptor(sm90::uniform(
+        sm90::shared_address(storage_.parts[slots_[kPageParts - 1]][kPartTiles - 1])));
+    pin_out();
+    sm90::wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < kPageParts; ++part) {  // [5]
+      const uint64_t values = sm90::mn_major_descriptor(
+          sm90::uniform(sm90::shared_address(storage_.parts[slots_[part]])));
+      add_part(values, weights, part);
+      sm90::wgmma_commit();
+    }
+  }
+
+  // Follows the page's references. Skipped by a warp none of whose rows needs it.
+  __device__ __forceinline__ void rescale() {
+    const uint32_t slot = page_count_ % kWeightSlots;
+    sm90::barrier_wait(barriers_.weights_ready[slot], page_count_ / kWeightSlots % 2);
+    RowValues<kRows> factors;
+    load_rows<kRows>(factors, storage_.small.factors[slot]);
+    bool same = true;
+#pragma unroll
+    for (const auto& pair : factors) same = same && pair[0] == 1.f && pair[1] == 1.f;
+    if (!__all_sync(~0u, same)) {
+#pragma unroll
+      for (auto& tile : out_) {
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) tile[i] *= factors[i / 4][i % 2];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_part(uint64_t values, uint64_t weights, int part) {
+#pragma unroll
+    for (int tile = 0; tile < part_value_tiles(part); ++tile) {
+      auto& out = out_[part * kPartTiles + tile];
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        sm90::wgmma_narrow<T, true>(out,
+                                    values + tile * sm90::kStepTile + step * sm90::kStepDownRows,
+                                    weights + step * sm90::kStepAlongRow, true);
+        after_wgmma<kSerial>(out);
+      }
+    }
+  }
+
+  // Each part is freed as soon as its columns are done.
+  __device__ __forceinline__ void finish_page() {
+    sm90::wgmma_wait<2>();
+    release(barriers_.part_empty[slots_[0]]);
+    sm90::wgmma_wait<1>();
+    release(barriers_.part_empty[slots_[1]]);
+    sm90::wgmma_wait<0>();
+    pin_out();
+    release(barriers_.part_empty[slots_[2]]);
+  }
+
+  // The output takes the place of the item's last page, part by part while later parts are still
+  // at work.
+  __device__ __forceinline__ void last_page(const Target& target) {
+    issue_page();
+    RowValues<kRows> factor;
+    wait_for_sums(factor);  // [7]
+    target.whole() ? store_item<T>(target, factor) : store_item<float>(target, factor);
+#pragma unroll
+    for (const uint32_t slot : slots_) release(barriers_.part_empty[slot]);
+  }
+
+  template <class Stored>
+  __device__ __forceinline__ void store_item(const Target& target, const RowValues<kRows>& factor) {
+    Stage<Stored> stage;
+#pragma unroll
+    for (int part = 0; part < kPageParts; ++part) {
+      stage.parts[part] = sm90::shared_address(storage_.parts[slots_[part]]);
+    }
+    finish_part<0>(stage, factor);  // [8]
+    finish_part<1>(stage, factor);
+    finish_part<2>(stage, factor);
+    static_assert(kPageParts == 3);
+    sm90::async_proxy_fence();  // TMA will write there next
+    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
+    if (target.exists()) StagedRows<Stored>(stage, target).store();  // [9]
+  }
+
+  template <int kPart, class Stored>
+  __device__ __forceinline__ void finish_part(const Stage<Stored>& stage,
+                                              const RowValues<kRows>& factor) {
+    sm90::wgmma_wait<kPageParts - 1 - kPart>();
+#pragma unroll
+    for (int tile = 0; tile < part_value_tiles(kPart); ++tile) {
+      sm90::pin_registers(out_[kPart * kPartTiles + tile]);
+    }
+    sm90::named_barrier_sync(kValueWarps, kWarpgroup);  // all are done with the part's values
+    stage_part<kPart, kRows>(stage, out_, factor);
+  }
+
+  __device__ __forceinline__ void no_page(const Target& target) {
+    RowValues<kRows> factor;
+    wait_for_sums(factor);
+    if (target.exists()) store_zeros(target);
+  }
+
+  // What each row is to be multiplied by in the end; 0 for rows without keys.
+  __device__ __forceinline__ void wait_for_sums(RowValues<kRows>& factor) {
+    const uint32_t buffer = item_count_ % 2;
+    sm90::barrier_wait(barriers_.sums_ready[buffer], item_count_ / 2 % 2);
+    add_warps<kRows>(storage_.small.row_sum[buffer], factor);
+#pragma unroll
+    for (auto& pair : factor) {
+#pragma unroll
+      for (float& sum : pair) sum = sum == 0.f ? 0.f : __fdividef(1.f, sum);  // NaN stays NaN
+    }
+  }
+
+  __device__ __forceinline__ void pin_out() {
+#pragma unroll
+    for (auto& tile : out_) sm90::pin_registers(tile);
+  }
+
+  Storage& storage_;
+  Barriers<Storage::kSlots>& barriers_;
+  const Arguments& a_;
+  const int kv_head_;
+  RingPosition<Storage::kSlots> position_;
+  uint32_t slots_[kPageParts];  // of the page at hand
+  uint32_t page_count_ = 0;
+  uint32_t item_count_ = 0;
+  float out_[kValueTiles][kRows / 2];
+};
+
+}  // namespace flashmla::decode_few

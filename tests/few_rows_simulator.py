@@ -1,0 +1,307 @@
+"""The roles of the decode kernel for few rows as barrier protocol: cuda/decode_few line by line.
+
+As in barrier_simulator: what a piece of shared memory holds is a tag, every read says which tag it
+needs, warps are simulated one by one.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+
+from barrier_layout import Item
+from barrier_machine import NO_FAULTS, Faults, Machine, Region, Step
+
+# As in cuda/decode_few/config.h and storage.h; a test compares them. `slots`: by padded rows.
+CONSTANTS = {
+    "slots_8": 8,
+    "slots_16": 7,
+    "slots_24": 7,
+    "slots_32": 6,
+    "page_parts": 3,
+    "part_bytes": 24576,
+    "weight_slots": 4,
+    "warps_per_role": 4,
+    "part_full_arrivals": 1,
+    "part_empty_arrivals": 4,
+    "query_full_arrivals": 2,
+    "query_empty_arrivals": 8,
+    "weights_ready_arrivals": 16,
+    "sums_ready_arrivals": 16,
+    "page_max_buffers": 2,
+    "row_sum_buffers": 2,
+    "query_buffers": 2,
+    "assignment_buffers": 2,
+    "barrier_count": 24,
+}
+PARTS = range(CONSTANTS["page_parts"])
+LAST = PARTS[-1]
+WEIGHT_SLOTS = CONSTANTS["weight_slots"]
+WARPS = range(CONSTANTS["warps_per_role"])
+QUERY_BYTES = 16 * 1152
+SPEAKING_LANES = 4  # of a warp: one for each two rows of a block of eight
+
+
+def slot_of(part: int, slots: int) -> tuple[int, int]:
+    """The slot of a part, counted from the block's first, and how often it was used before."""
+    return part % slots, part // slots
+
+
+def add_barriers(m: Machine, slots: int) -> None:
+    for slot in range(slots):
+        m.add_barrier("part_full", slot, arrivals=CONSTANTS["part_full_arrivals"])
+        m.add_barrier("part_empty", slot, arrivals=CONSTANTS["part_empty_arrivals"])
+    for slot in range(WEIGHT_SLOTS):
+        m.add_barrier("weights_ready", slot, arrivals=CONSTANTS["weights_ready_arrivals"])
+    for parity in range(2):
+        for name in ("query_full", "query_empty", "sums_ready"):
+            m.add_barrier(name, parity, arrivals=CONSTANTS[f"{name}_arrivals"])
+    for role in ("score_warps", "value_warps"):
+        m.add_barrier(role, arrivals=len(WARPS))
+
+
+def buffer(m: Machine, name: str, count: int, *key: int) -> Region:
+    """One of the buffers that pages or items take in turn."""
+    buffers = dict(m.faults.buffers).get(name, CONSTANTS.get(f"{name}_buffers", WEIGHT_SLOTS))
+    return m.region(name, count % buffers, *key)
+
+
+def part_regions(m: Machine, slot: int, part: int) -> list[Region]:
+    """Keys; the rows behind the last key and the rotary tile as far as each warp writes there."""
+    tail = [m.region("tail", slot, w) for w in WARPS]
+    rope = [m.region("rope", slot, w) for w in WARPS] if part == LAST else []
+    return [m.region("part", slot), *tail, *rope]
+
+
+def produce(m: Machine, items: list[Item], slots: int) -> Step:
+    """The producer warp: decode_few::Producer."""
+    n = 0
+    for i, item in enumerate(items):
+        yield from request_query(m, i)
+        yield from assign(m, i)
+        for _ in range(item.pages):
+            yield from request_page(m, n, slots)
+            n += 1
+
+
+def request_query(m: Machine, i: int) -> Step:
+    full = ("query_full", i % 2)
+    yield from m.wait("query_empty", i % 2, phase=i // 2 - 1)
+    m.barriers[full].arrive(expected_bytes=QUERY_BYTES)
+    m.copy([buffer(m, "query", i)], ("query", i), full, QUERY_BYTES)
+    yield
+
+
+def assign(m: Machine, i: int) -> Step:
+    yield from m.write(buffer(m, "assignment", i), ("item", i))
+    yield from m.arrive("query_full", i % 2)
+
+
+def request_page(m: Machine, n: int, slots: int) -> Step:
+    for part in PARTS:
+        slot, use = slot_of(n * len(PARTS) + part, slots)
+        yield from m.wait("part_empty", slot, phase=use - 1)
+        m.barriers["part_full", slot].arrive(expected_bytes=CONSTANTS["part_bytes"])
+        regions = part_regions(m, slot, part)
+        m.copy(regions, ("page", n), ("part_full", slot), CONSTANTS["part_bytes"])
+        yield
+
+
+Reading = list[Region]  # by WGMMA of one commit group
+
+
+class Role:
+    """What the warps of both math roles do alike."""
+
+    def __init__(self, m: Machine, warp: int, slots: int) -> None:
+        self.m = m
+        self.warp = warp
+        self.slots = slots
+        self.page = 0  # of the block
+        self.reading: list[Region] = []  # by WGMMA
+
+    def read(self, region: Region, tag: tuple[str, int]) -> Step:
+        """An ordinary read."""
+        region.begin_read(tag, by_async_proxy=False)
+        yield
+        self.m.end_read([region])
+
+    def begin_read(self, region: Region, tag: tuple[str, int]) -> None:
+        region.begin_read(tag)
+        self.reading.append(region)
+
+    def begin_item(self, i: int) -> Step:
+        yield from self.m.wait("query_full", i % 2, phase=i // 2)
+        yield from self.read(buffer(self.m, "assignment", i), ("item", i))
+
+    def read_sums(self, i: int) -> Step:
+        for w in WARPS:
+            yield from self.read(buffer(self.m, "row_sum", i, w), ("sum", i))
+
+    def part_slots(self) -> list[int]:
+        return [slot_of(self.page * len(PARTS) + part, self.slots)[0] for part in PARTS]
+
+
+class ScoresWarp(Role):
+    """A warp of decode_few::Scores."""
+
+    meetings = 0  # of the four warps
+
+    def run(self, items: list[Item]) -> Step:
+        for i, item in enumerate(items):
+            yield from self.begin_item(i)
+            for page in range(item.pages):
+                yield from self.compute(i)  # [1]
+                yield from self.weigh(tail=item.tail and page + 1 == item.pages)  # [2]
+                yield from self.publish()  # [3]
+                self.page += 1
+            yield from self.release_query(i)
+            yield from self.end_item(i)  # [6]
+
+    def compute(self, i: int) -> Step:
+        for part in PARTS:
+            slot, use = slot_of(self.page * len(PARTS) + part, self.slots)
+            yield from self.m.wait("part_full", slot, phase=use)
+            self.begin_read(buffer(self.m, "query", i), ("query", i))
+            self.begin_read(self.m.region("part", slot), ("page", self.page))
+            if part == LAST:
+                for w in WARPS:
+                    self.begin_read(self.m.region("rope", slot, w), ("page", self.page))
+            yield
+        self.m.end_read(self.reading)
+
+    def release_query(self, i: int) -> Step:
+        yield from self.m.arrive("query_empty", i % 2)
+
+    def meet(self) -> Step:
+        yield from self.m.arrive("score_warps")
+        yield from self.m.wait("score_warps", phase=self.meetings)
+        self.meetings += 1
+
+    def combine_warps(self, name: str, count: int) -> Step:
+        yield from self.m.write(buffer(self.m, name, count, self.warp), (name, count))
+        yield from self.meet()
+        for w in WARPS:
+            yield from self.read(buffer(self.m, name, count, w), (name, count))
+
+    def weigh(self, tail: bool) -> Step:
+        yield from self.combine_warps("page_max", self.page)
+        if tail:
+            for slot in self.part_slots():
+                region = self.m.region("tail", slot, self.warp)
+                yield from self.m.write(region, ("zero", self.page))
+
+    def publish(self) -> Step:
+        slots = self.part_slots()
+        weights = self.m.region("rope", slots[LAST], self.warp)
+        yield from self.m.write(weights, ("P", self.page))
+        yield from self.m.fence("weights", [weights])
+        tails = [self.m.region("tail", slot, self.warp) for slot in slots]
+        yield from self.m.fence("tail", tails)
+        if self.warp == 0:
+            yield from self.m.write(buffer(self.m, "factors", self.page), ("factors", self.page))
+        slot = self.page % WEIGHT_SLOTS
+        yield from self.m.arrive("weights_ready", slot, count=SPEAKING_LANES)
+
+    def end_item(self, i: int) -> Step:
+        yield from self.m.write(buffer(self.m, "row_sum", i, self.warp), ("sum", i))
+        yield from self.m.arrive("sums_ready", i % 2, count=SPEAKING_LANES)
+        yield from self.meet()
+        if self.warp == 0:
+            yield from self.read_sums(i)  # for lse
+
+
+class ValuesWarp(Role):
+    """A warp of decode_few::Values."""
+
+    meetings = 0  # of the four warps
+
+    def run(self, items: list[Item]) -> Step:
+        for i, item in enumerate(items):
+            yield from self.begin_item(i)
+            for page in range(item.pages):
+                last = page + 1 == item.pages
+                reading = yield from self.issue_page(tail=item.tail and last)
+                if last:
+                    yield from self.last_page(i, reading)
+                else:
+                    yield from self.finish_page(reading)
+                self.page += 1
+            if not item.pages:
+                yield from self.wait_for_sums(i)
+            yield from self.read(buffer(self.m, "assignment", i), ("item", i))  # the destination
+            yield from self.m.arrive("query_empty", i % 2)
+
+    def issue_page(self, tail: bool) -> Generator[Callable[[], bool] | None, None, list[Reading]]:
+        slot = self.page % WEIGHT_SLOTS
+        yield from self.m.wait("weights_ready", slot, phase=self.page // WEIGHT_SLOTS)
+        yield from self.read(buffer(self.m, "factors", self.page), ("factors", self.page))  # [4]
+        slots = self.part_slots()
+        reading: list[Reading] = []
+        for part in PARTS:  # [5]
+            for w in WARPS:
+                self.begin_read(self.m.region("rope", slots[LAST], w), ("P", self.page))
+            self.begin_read(self.m.region("part", slots[part]), ("page", self.page))
+            for w in WARPS:
+                tag = ("zero" if tail else "page", self.page)
+                self.begin_read(self.m.region("tail", slots[part], w), tag)
+            reading.append(self.reading)
+            self.reading = []
+            yield
+        return reading
+
+    def finish_page(self, reading: list[Reading]) -> Step:
+        for slot, regions in zip(self.part_slots(), reading, strict=True):
+            self.m.end_read(regions)
+            yield from self.m.arrive("part_empty", slot)
+
+    def last_page(self, i: int, reading: list[Reading]) -> Step:
+        yield from self.wait_for_sums(i)  # [7]
+        staged: list[Region] = []
+        for part, slot in enumerate(self.part_slots()):  # [8]
+            self.m.end_read(reading[part])
+            yield from self.meet()
+            regions = self.stage(part, slot)
+            for region in regions:
+                yield from self.m.write(region, ("out", i))
+            staged += regions
+        yield from self.m.fence("out", staged)
+        yield from self.meet()
+        for slot in self.part_slots():  # [9]
+            for w in WARPS:
+                yield from self.read(self.m.region("tail", slot, w), ("out", i))
+        for slot in self.part_slots():
+            yield from self.m.arrive("part_empty", slot)
+
+    def stage(self, part: int, slot: int) -> list[Region]:
+        """Every warp stages its columns of all rows; the first stands for the rest of the part."""
+        regions = [self.m.region("tail", slot, self.warp)]
+        if self.warp == 0:
+            others = part_regions(self.m, slot, part)
+            regions += [region for region in others if region.name[0] != "tail"]
+        return regions
+
+    def wait_for_sums(self, i: int) -> Step:
+        yield from self.m.wait("sums_ready", i % 2, phase=i // 2)
+        yield from self.read_sums(i)
+
+    def meet(self) -> Step:
+        yield from self.m.arrive("value_warps")
+        yield from self.m.wait("value_warps", phase=self.meetings)
+        self.meetings += 1
+
+
+def simulate(
+    items: Iterable[Item],
+    seed: int,
+    slots: int,
+    faults: Faults = NO_FAULTS,
+    scores_warp: type[ScoresWarp] = ScoresWarp,
+    values_warp: type[ValuesWarp] = ValuesWarp,
+) -> None:
+    """Runs one block over its items in a random interleaving; raises Violation."""
+    items = list(items)
+    m = Machine(seed, faults)
+    add_barriers(m, slots)
+    m.start("producer", produce(m, items, slots))
+    for warp in WARPS:
+        m.start(f"scores, warp {warp}", scores_warp(m, warp, slots).run(items))
+        m.start(f"values, warp {warp}", values_warp(m, warp, slots).run(items))
+    m.run()

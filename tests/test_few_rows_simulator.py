@@ -1,0 +1,140 @@
+"""The barriers of the decode kernel for few rows under random interleavings: no race, no hang.
+
+Deliberate mistakes show that the simulator finds what goes wrong.
+"""
+
+import random
+
+import pytest
+from barrier_layout import Item
+from barrier_machine import NO_FAULTS, Faults, Step, Violation
+from few_rows_simulator import CONSTANTS, Reading, ScoresWarp, ValuesWarp, simulate
+
+ITEM_LISTS = {
+    "nothing": [],
+    "empty requests": [Item(0)] * 5,
+    "empty requests between": [Item(1), Item(0), Item(1, tail=True), Item(0), Item(0), Item(2)],
+    "one page": [Item(1, tail=True)],
+    "single pages": [Item(1, tail=True)] * 6,
+    "mixed": [Item(3, tail=True), Item(2), Item(1, tail=True), Item(5)],
+    "a long split": [Item(13)],
+}
+SLOTS = sorted({CONSTANTS[f"slots_{rows}"] for rows in (8, 16, 24, 32)})
+MIXED = [Item(3, tail=True), Item(0), Item(1), Item(1, tail=True), Item(4, tail=True), Item(2)]
+SHORT = [Item(pages) for pages in (0, 1, 0, 0, 1, 1, 0, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("name", ITEM_LISTS)
+def test_protocol_holds(name: str, slots: int) -> None:
+    for seed in range(30):
+        simulate(ITEM_LISTS[name], seed, slots)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_protocol_holds_on_random_items(seed: int) -> None:
+    rng = random.Random(seed)
+    for interleaving in range(20):
+        items = [Item(rng.choice([0, 1, 1, 2, 3, 4, 7]), rng.random() < 0.5) for _ in range(6)]
+        simulate(items, interleaving, rng.choice(SLOTS))
+
+
+def found(
+    faults: Faults = NO_FAULTS,
+    scores_warp: type[ScoresWarp] = ScoresWarp,
+    values_warp: type[ValuesWarp] = ValuesWarp,
+) -> str:
+    """Returns what the simulator says about a mistake, '' if the interleavings hide it."""
+    for seed in range(60):
+        for items in (MIXED, SHORT):
+            try:
+                simulate(items, seed, SLOTS[seed % len(SLOTS)], faults, scores_warp, values_warp)
+            except Violation as violation:
+                return str(violation)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(f"wait {name}" for name in ("part_full", "part_empty", "query_full", "query_empty")),
+        *(f"wait {name}" for name in ("weights_ready", "sums_ready", "score_warps", "value_warps")),
+        *(f"arrive {name}" for name in ("part_empty", "query_full", "query_empty")),
+        *(f"arrive {name}" for name in ("weights_ready", "sums_ready", "score_warps")),
+        "arrive value_warps",
+        *(f"fence {name}" for name in ("tail", "weights", "out")),
+    ],
+)
+def test_a_missing_step_is_found(step: str) -> None:
+    assert found(Faults(skipped=(step,)))
+
+
+@pytest.mark.parametrize(
+    ("barrier", "arrivals"),
+    [
+        ("part_full", 2),
+        ("part_empty", 3),
+        ("part_empty", 5),
+        ("query_full", 1),
+        ("query_empty", 4),
+        ("query_empty", 7),
+        ("weights_ready", 4),
+        ("weights_ready", 12),
+        ("sums_ready", 12),
+        ("score_warps", 3),
+        ("value_warps", 3),
+    ],
+)
+def test_a_wrong_arrival_count_is_found(barrier: str, arrivals: int) -> None:
+    assert found(Faults(arrivals=((barrier, arrivals),)))
+
+
+@pytest.mark.parametrize("name", ["page_max", "factors", "row_sum", "query", "assignment"])
+def test_a_single_buffer_is_found(name: str) -> None:
+    assert found(Faults(buffers=((name, 1),)))
+
+
+class EarlyPart(ValuesWarp):
+    """A page's parts are freed before their WGMMA have read them."""
+
+    def finish_page(self, reading: list[Reading]) -> Step:
+        for slot in self.part_slots():
+            yield from self.m.arrive("part_empty", slot)
+        for regions in reading:
+            self.m.end_read(regions)
+
+
+class EarlyValues(ValuesWarp):
+    """The values free an item's query, and its sums, before they have read the sums."""
+
+    def wait_for_sums(self, i: int) -> Step:
+        yield from self.m.arrive("query_empty", i % 2)
+        yield from super().wait_for_sums(i)
+
+
+class EarlyQuery(ScoresWarp):
+    """The query is freed before the item's last page."""
+
+    def compute(self, i: int) -> Step:
+        if self.page == 2:
+            yield from super().release_query(i)
+        yield from super().compute(i)
+
+    def release_query(self, i: int) -> Step:
+        if i > 0:
+            yield from super().release_query(i)
+
+
+class ForgottenSums(ScoresWarp):
+    """An item without sums of its own is not handed over."""
+
+    def end_item(self, i: int) -> Step:
+        if i != 1:
+            yield from super().end_item(i)
+
+
+def test_a_mistaken_role_is_found() -> None:
+    assert found(values_warp=EarlyPart)
+    assert found(values_warp=EarlyValues)
+    assert found(scores_warp=EarlyQuery)
+    assert found(scores_warp=ForgottenSums)
