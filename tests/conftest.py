@@ -1,4 +1,5 @@
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -36,3 +37,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return (yield)
+
+
+@pytest.fixture
+def sleeping_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that passes in `time.sleep` alone, however busy the host is."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)

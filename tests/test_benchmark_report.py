@@ -172,6 +172,7 @@ def test_plot_is_drawn(load: Callable[[str], ModuleType], tmp_path: pathlib.Path
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("sleeping_clock")
 def test_lanes_take_turns_and_each_gets_its_own_time(load: Callable[[str], ModuleType]) -> None:
     lanes, log = load("lanes"), []
 
@@ -187,9 +188,8 @@ def test_lanes_take_turns_and_each_gets_its_own_time(load: Callable[[str], Modul
     # Each to begin with, then in rounds that another one begins each time.
     order = [name for name, before in zip(log, [None, *log], strict=False) if name != before]
     assert order == ["slow", "fast", "slow", "fast", "slow", "fast"]
-    assert timings["slow"].median >= 0.010
-    assert 0.0025 <= timings["fast"].low <= timings["fast"].median <= timings["fast"].high
-    assert timings["fast"].median < timings["slow"].median
+    assert timings["slow"].median == pytest.approx(0.010)
+    assert timings["fast"].median == pytest.approx(0.0025)
 
 
 def test_state_of_the_card_is_the_median_since_a_row_began(
