@@ -5,9 +5,9 @@
 // 3. The cuts: each thread finds the request that its cut falls into.
 // 4. Prefix sums of the split counts: num_splits.
 //
-// Such a kernel is one chain of latencies and of instructions fetched for the first time. So a small
-// batch keeps its line in shared memory, divisions are multiplications (Divider), and loops that
-// small batches run once are not unrolled.
+// Such a kernel is one chain of latencies and of instructions fetched for the first time. So a
+// small batch keeps its line in shared memory, divisions are multiplications (Divider), and loops
+// that small batches run once are not unrolled.
 #include <cstdint>
 
 #include "../launch.h"
