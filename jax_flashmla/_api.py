@@ -18,7 +18,8 @@ def get_mla_metadata(
     """Divides the cached pages of a batch among the parts of the GPU, on the device.
 
     Call it once per decode step and give the result to all layers; it works inside `jax.jit`.
-    `jax_flashmla.schedule` says what the numbers mean. Name and arguments are FlashMLA's.
+    `jax_flashmla.schedule` says what the numbers mean. Name and arguments are FlashMLA's. Over a
+    mesh it is the schedule of the whole batch: lengths that are sharded are gathered.
 
     Args:
         cache_seqlens: int32 `[b]`, cached tokens per request.
@@ -129,6 +130,10 @@ def mla_decode(
     the table as the table's. A table entry inside the length that is out of range gives zeros or
     garbage for its own request. The same page may serve several requests.
 
+    Over a mesh the batch and the query heads may be sharded, with several KV heads these as the
+    query heads; each device makes its own schedule if the batch is. The pool is whole on every
+    device, or its pages are sharded as the batch is: then the table names pages of its device.
+
     Args:
         q_latent: absorbed queries `[b, s_q, h_q, 512]`, bfloat16, float16 or float32.
         q_rope: rotated part of the queries `[b, s_q, h_q, 64]` of the same dtype.
@@ -153,7 +158,8 @@ def mla_decode(
         `[b, s_q, h_q]`, the natural log-sum-exp of the scaled logits, -inf on those rows.
 
     Raises:
-        ValueError: a shape or value is wrong.
+        ValueError: a shape, value or sharding is wrong; a sharding over Auto axes is refused by a
+            JaxRuntimeError when the program is compiled.
         TypeError: a dtype is wrong, or a static argument is traced.
         RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
         NotImplementedError: it is differentiated.
@@ -182,10 +188,11 @@ def _checked_parts(
     given: tuple[jax.Array, jax.Array] | None,
     num_sm_parts: int | None,
     shape: _shapes.DecodeShape,
-) -> tuple[Schedule | None, int]:
+) -> tuple[Schedule | None, int | None]:
     """Checks the schedule that was given, if any, and returns it with the number of parts."""
     if given is None:
-        return None, _num_sm_parts(num_sm_parts, max(1, shape.rows), shape.h_kv)
+        parts = num_sm_parts
+        return None, None if parts is None else _shapes.check_count("num_sm_parts", parts)
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         got = type(given).__name__
         raise TypeError(f"schedule: got {got}, expected the pair that get_mla_metadata returns")

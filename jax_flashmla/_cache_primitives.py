@@ -12,11 +12,13 @@ from jax_flashmla import (
     _dispatch,
     _ffi,
     _manual_axes,
+    _mesh,
     _operation,
     _pool,
     _shapes,
     rope,
 )
+from jax_flashmla._dims import Dims
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla._operation import Arrays
 
@@ -48,9 +50,12 @@ def gather(arrays: Arrays, *, implementation: Implementation) -> jax.Array:
 def _append_function(interleave: bool, implementation: Implementation) -> Callable:
     static = {"interleave": interleave, "implementation": implementation}
 
+    def local(*arrays: jax.Array) -> list[jax.Array]:
+        return append_p.bind(*arrays, **static)
+
     @jax.custom_batching.custom_vmap
     def call(*arrays: jax.Array) -> list[jax.Array]:
-        return append_p.bind(*arrays, **static)
+        return list(_mesh.spread(local, _APPEND_DIMS, arrays))
 
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple:
@@ -69,9 +74,12 @@ def _append_function(interleave: bool, implementation: Implementation) -> Callab
 
 @functools.cache
 def _gather_function(implementation: Implementation) -> Callable:
+    def local(*arrays: jax.Array) -> list[jax.Array]:
+        return gather_p.bind(*arrays, implementation=implementation)
+
     @jax.custom_batching.custom_vmap
     def call(*arrays: jax.Array) -> list[jax.Array]:
-        return gather_p.bind(*arrays, implementation=implementation)
+        return list(_mesh.spread(local, _GATHER_DIMS, arrays))
 
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple:
@@ -93,17 +101,36 @@ def _offset(indices: jax.Array, size: int) -> jax.Array:
     return _pool.offset(indices, which.reshape(-1, *[1] * (indices.ndim - 1)), size)
 
 
-# Abstract evaluation.
+# Over a mesh.
 
-_APPEND_OPERANDS = ("cache", "latent", "rope", "slots", "cos", "sin")
-_GATHER_OPERANDS = ("cache", "block_table", "cache_seqlens")
+_POOL = "pages slots kv_heads columns"
+_APPEND_DIMS = Dims(
+    operands=(
+        ("cache", _POOL),
+        ("latent", "rows latent"),
+        ("rope", "rows rope"),
+        ("slots", "rows"),
+        ("cos", "rows pairs"),
+        ("sin", "rows pairs"),
+    ),
+    results=(_POOL,),
+    sharded=frozenset(["rows"]),
+    follows=(("pages", "rows", False),),  # else the pools would become different
+)
+_GATHER_DIMS = Dims(
+    operands=(("cache", _POOL), ("block_table", "batch width"), ("cache_seqlens", "batch")),
+    results=("batch tokens kv_heads columns",),
+    sharded=frozenset(["batch", "kv_heads"]),
+    follows=(("pages", "batch", True),),
+)
+
+
+# Abstract evaluation.
 
 
 def _append_results(
     *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
 ) -> list[jax.core.ShapedArray]:
-    for name, operand in zip(_APPEND_OPERANDS, operands, strict=False):
-        _shapes.check_not_sharded(name, operand)
     _cache_shapes.check_append(*operands)
     _dispatch.check_request(implementation, _refusal(*operands))
     return [_manual_axes.result(operands, operands[0].shape, operands[0].dtype)]
@@ -112,8 +139,6 @@ def _append_results(
 def _gather_results(
     *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
 ) -> list[jax.core.ShapedArray]:
-    for name, operand in zip(_GATHER_OPERANDS, operands, strict=True):
-        _shapes.check_not_sharded(name, operand)
     shape = _cache_shapes.check_gather(*operands)
     _dispatch.check_request(implementation, _refusal(*operands))
     return [_manual_axes.result(operands, shape, operands[0].dtype)]

@@ -9,7 +9,8 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 
-from jax_flashmla import _cache_shapes, _dispatch, _ffi, _manual_axes, _operation, _shapes
+from jax_flashmla import _cache_shapes, _dispatch, _ffi, _manual_axes, _mesh, _operation, _shapes
+from jax_flashmla._dims import Dims
 from jax_flashmla._dispatch import Implementation
 
 KERNEL_COLUMNS = 8  # the kernel works on vectors of this many columns
@@ -35,7 +36,8 @@ def merge_partials(
     A partial whose lse is -inf is empty: its out never reaches the result, NaN included. Where all
     are empty out is 0 and lse -inf. `mla_decode` returns such partials; FlashMLA's convention, +inf
     for empty rows, is not understood here and gives NaN. This is the merge of FlashDecoding and of
-    context parallelism, where each device attends its own part of the cache.
+    context parallelism, where each device attends its own part of the cache. Over a mesh the
+    dimensions between the first and the last may be sharded.
 
     Args:
         outs: `[n, ..., d]`, bfloat16, float16 or float32: n partial results.
@@ -51,7 +53,7 @@ def merge_partials(
         `[...]`.
 
     Raises:
-        ValueError: a shape is wrong.
+        ValueError: a shape or sharding is wrong.
         TypeError: a dtype is wrong.
         RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
         NotImplementedError: it is differentiated.
@@ -73,9 +75,12 @@ def merge_partials(
 def _merge_function(dtype: np.dtype, implementation: Implementation) -> Callable:
     static = {"dtype": dtype, "implementation": implementation}
 
+    def local(outs: jax.Array, lses: jax.Array) -> list[jax.Array]:
+        return merge_p.bind(outs, lses, **static)
+
     @jax.custom_batching.custom_vmap
     def call(outs: jax.Array, lses: jax.Array) -> list[jax.Array]:
-        return merge_p.bind(outs, lses, **static)
+        return list(_mesh.spread(local, _dims(lses.ndim - 1), [outs, lses]))
 
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple:
@@ -86,11 +91,21 @@ def _merge_function(dtype: np.dtype, implementation: Implementation) -> Callable
     return _operation.inference_only("merge_partials", call)
 
 
+@functools.cache
+def _dims(count: int) -> Dims:
+    """Names `count` dimensions of rows, each of which may be sharded."""
+    names = [f"rows{i}" for i in range(count)]
+    rows = " ".join(names)
+    return Dims(
+        operands=(("outs", f"partials {rows} columns"), ("lses", f"partials {rows}")),
+        results=(f"{rows} columns", rows),
+        sharded=frozenset(names),
+    )
+
+
 def _results(
     *operands: jax.core.ShapedArray, dtype: np.dtype, implementation: Implementation
 ) -> list[jax.core.ShapedArray]:
-    for name, operand in zip(("outs", "lses"), operands, strict=True):
-        _shapes.check_not_sharded(name, operand)
     shape = _cache_shapes.check_merge(*operands)
     _dispatch.check_request(implementation, _refusal(*operands))
     return [

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 
-from jax_flashmla import _dispatch
+from jax_flashmla import _dispatch, _mesh
 from jax_flashmla._dispatch import Implementation
 
 Arrays = tuple[jax.Array, ...]
@@ -72,7 +72,7 @@ def inference_only(operation: str, function: Callable) -> Callable:
             " inside a differentiated function, pass its inputs through jax.lax.stop_gradient."
         )
 
-    return wrapped
+    return _mesh.compiled(wrapped)
 
 
 def fold_leading(axis_size: int, in_batched: Sequence[bool], arrays: Sequence[jax.Array]) -> Arrays:

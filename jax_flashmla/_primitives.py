@@ -4,6 +4,7 @@ Around the decode primitive stand, from the outside in, the rule that refuses de
 rule that folds a mapped axis into the batch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 
-from jax_flashmla import _dispatch, _ffi, _manual_axes, _operation, _shapes, reference
+from jax_flashmla import _dispatch, _ffi, _manual_axes, _mesh, _operation, _shapes, reference
 from jax_flashmla import schedule as _schedule
+from jax_flashmla._dims import Dims
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla.schedule import Schedule
 
@@ -37,7 +39,7 @@ def decode(
     arrays: Arrays,
     given: Schedule | None,
     *,
-    num_sm_parts: int,
+    num_sm_parts: int | None,
     softmax_scale: float,
     causal: bool,
     implementation: Implementation,
@@ -48,7 +50,8 @@ def decode(
         arrays: q_latent, q_rope, kv_cache, block_table, cache_seqlens; the first two may be one
             joined array, passed twice.
         given: the schedule, None to make one here.
-        num_sm_parts: the number of parts, also of the schedule that was given.
+        num_sm_parts: parts of a schedule made here, None for as many as fill the GPU with the
+            queries of one device.
         softmax_scale: factor of the logits.
         causal: whether a query is hidden from the keys after it.
         implementation: as in `_dispatch.takes_kernel`.
@@ -71,9 +74,12 @@ def decode(
 def _schedule_function(num_sm_parts: int, implementation: Implementation) -> Callable:
     static = {"num_sm_parts": num_sm_parts, "implementation": implementation}
 
+    def local(cache_seqlens: jax.Array) -> list[jax.Array]:
+        return schedule_p.bind(cache_seqlens, **static)
+
     @jax.custom_batching.custom_vmap
     def call(cache_seqlens: jax.Array) -> list[jax.Array]:
-        return schedule_p.bind(cache_seqlens, **static)
+        return list(_mesh.spread(local, _SCHEDULE_DIMS, [cache_seqlens]))
 
     @call.def_vmap
     def map_rows(axis_size: int, in_batched: list[bool], cache_seqlens: jax.Array) -> tuple:
@@ -81,20 +87,33 @@ def _schedule_function(num_sm_parts: int, implementation: Implementation) -> Cal
         results = jax.lax.map(lambda row: schedule(row, **static), cache_seqlens)
         return list(results), [True, True]
 
-    return call
+    return _mesh.compiled(call)
 
 
 @functools.cache
 def _decode_function(
-    num_sm_parts: int, softmax_scale: float, causal: bool, implementation: Implementation
+    num_sm_parts: int | None, softmax_scale: float, causal: bool, implementation: Implementation
 ) -> Callable:
-    parts = {"num_sm_parts": num_sm_parts, "implementation": implementation}
     static = {"softmax_scale": softmax_scale, "causal": causal, "implementation": implementation}
+
+    def local(*operands: jax.Array) -> list[jax.Array]:
+        arrays, given = operands[:5], operands[5:]
+        shape = _shapes.decode_shape(*arrays)
+        # A schedule of the whole batch is of no use to a device's part of it.
+        if not given or given[1].shape[0] != shape.batch + 1:
+            parts = given[0].shape[0] if given else num_sm_parts
+            given = schedule_p.bind(
+                arrays[-1],
+                num_sm_parts=parts or _schedule.default_num_sm_parts(shape.rows, shape.h_kv),
+                implementation=implementation,
+            )
+        return decode_p.bind(*arrays, *given, **static)
 
     @jax.custom_batching.custom_vmap
     def call(*operands: jax.Array) -> list[jax.Array]:
-        arrays, given = operands[:5], operands[5:]
-        return decode_p.bind(*arrays, *(given or schedule_p.bind(arrays[-1], **parts)), **static)
+        one_kv_head = operands[2].shape[2] == 1
+        dims = _DECODE_DIMS if one_kv_head else _DECODE_DIMS_OF_KV_HEADS
+        return list(_mesh.spread(local, dims, operands))
 
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple:
@@ -120,24 +139,41 @@ def _fold_batch(axis_size: int, in_batched: Sequence[bool], arrays: Arrays) -> A
     return (*queries, arrays[2], *requests)
 
 
-# Abstract evaluation.
+# Over a mesh.
 
-_OPERANDS = (
-    "q_latent",
-    "q_rope",
-    "kv_cache",
-    "block_table",
-    "cache_seqlens",
-    "tile_scheduler_metadata",
-    "num_splits",
+_SCHEDULE_DIMS = Dims(
+    operands=(("cache_seqlens", "batch"),),
+    results=("parts fields", "totals"),
+    sharded=frozenset(),
+    gathered=frozenset(["batch"]),  # the schedule is of the whole batch
 )
+_DECODE_DIMS = Dims(
+    operands=(
+        ("q_latent", "batch queries heads latent"),
+        ("q_rope", "batch queries heads rope"),
+        ("kv_cache", "pages slots kv_heads columns"),
+        ("block_table", "batch width"),
+        ("cache_seqlens", "batch"),
+        ("tile_scheduler_metadata", "parts fields"),
+        ("num_splits", "totals"),
+    ),
+    results=("batch queries heads values", "batch queries heads"),
+    sharded=frozenset(["batch", "heads"]),
+    follows=(("pages", "batch", True),),
+)
+# Query heads stay with their KV head.
+_DECODE_DIMS_OF_KV_HEADS = dataclasses.replace(
+    _DECODE_DIMS, follows=(*_DECODE_DIMS.follows, ("kv_heads", "heads", False))
+)
+
+
+# Abstract evaluation.
 
 
 def _schedule_results(
     cache_seqlens: jax.core.ShapedArray, *, num_sm_parts: int, **_: object
 ) -> list[jax.core.ShapedArray]:
     batch = _shapes.check_seqlens(cache_seqlens)
-    _shapes.check_not_sharded("cache_seqlens", cache_seqlens)
     rows = _shapes.check_count("num_sm_parts", num_sm_parts)
     shapes = (rows, _shapes.TileSchedulerMetaDataSize), (batch + 1,)
     return [_manual_axes.result([cache_seqlens], shape, jnp.int32) for shape in shapes]
@@ -147,8 +183,6 @@ def _decode_results(
     *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
 ) -> list[jax.core.ShapedArray]:
     *arrays, metadata, num_splits = operands
-    for name, operand in zip(_OPERANDS, operands, strict=True):
-        _shapes.check_not_sharded(name, operand)
     shape = _shapes.decode_shape(*arrays)
     _shapes.check_schedule(metadata, num_splits, shape.batch, None)
     dtype = arrays[0].dtype

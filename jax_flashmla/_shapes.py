@@ -179,19 +179,6 @@ def check_softmax_scale(value: float) -> float:
     return scale
 
 
-def check_not_sharded(name: str, array: jax.core.ShapedArray) -> None:
-    """Refuses an array that is sharded over an Explicit mesh axis; inside shard_map none is.
-
-    Raises:
-        ValueError: it is sharded.
-    """
-    if any(array.sharding.spec):
-        raise ValueError(
-            f"{name}: got sharding {array.sharding.spec} over Explicit mesh axes, expected none:"
-            " call inside jax.shard_map"
-        )
-
-
 def check_flag(name: str, value: bool) -> bool:
     """Checks a static flag.
 

@@ -52,6 +52,9 @@ def append(
     In place where XLA may overwrite the cache: donate it to `jax.jit`
     (`donate_argnums`), and carry it through loops. Without donation XLA copies the pool first.
 
+    Over a mesh all arrays are whole on every device, or rows and pages are sharded over the same
+    axes: then slots count from the first page of their device.
+
     Args:
         cache: page pool `[num_pages, 64, 1, 576]`, bfloat16, float16 or float32.
         latent: `[n, 512]` of the same dtype, after its normalisation.
@@ -70,7 +73,7 @@ def append(
         The cache with the rows written, `[num_pages, 64, 1, 576]`.
 
     Raises:
-        ValueError: a shape or value is wrong; rows are mapped by vmap over one pool.
+        ValueError: a shape, value or sharding is wrong; rows are mapped by vmap over one pool.
         TypeError: a dtype is wrong, or a static argument is traced.
         RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
         NotImplementedError: it is differentiated.
@@ -101,6 +104,9 @@ def gather(
     pages and entries hold there. Lengths below 0 count as 0, lengths beyond the table as the
     table's.
 
+    Over a mesh the batch and the KV heads may be sharded. The pool is whole on every device, or its
+    pages are sharded as the batch is: then the table names pages of its device.
+
     Args:
         cache: page pool `[num_pages, 64, h_kv, 576]`, bfloat16, float16 or float32.
         block_table: int32 `[b, max_pages_per_seq]`, the pages of each request.
@@ -111,7 +117,7 @@ def gather(
         `[b, max_pages_per_seq * 64, h_kv, 576]` of the cache's dtype.
 
     Raises:
-        ValueError: a shape is wrong.
+        ValueError: a shape or sharding is wrong.
         TypeError: a dtype is wrong.
         RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
         NotImplementedError: it is differentiated.

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-# Read when JAX starts its CPU client: several host devices, for shard_map.
+# Read when JAX starts its CPU client: several host devices, for meshes.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
 import jax

@@ -66,3 +66,8 @@ def test_cache_example_writes_one_token_per_request_and_layer() -> None:
     exec(block("The cache"), names)
     tokens = np.asarray(names["pool"], np.float32).reshape(-1, 576)
     assert np.flatnonzero(tokens.any(axis=1)).tolist() == [0, 70, 512, 582]
+
+
+def test_mesh_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("Meshes"), {})
+    assert capsys.readouterr().out == "P('data', None, None, None) (8, 1, 16, 512)\n"

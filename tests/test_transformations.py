@@ -267,15 +267,6 @@ def test_shard_map_around_a_shared_schedule(arrays: Arrays, plain: Arrays, check
     assert_same(jax.shard_map(step, mesh=mesh, **specs)(*placed(arrays, mesh)), plain)
 
 
-def test_explicit_sharding_outside_shard_map_is_a_named_error(arrays: Arrays) -> None:
-    mesh = host_mesh(AxisType.Explicit)
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(ValueError, match=r"cache_seqlens: got sharding .* inside jax.shard_map"),
-    ):
-        decode(*placed(arrays, mesh))
-
-
 def test_explicit_mesh_with_replicated_arrays(arrays: Arrays, plain: Arrays) -> None:
     mesh = host_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
