@@ -1,6 +1,6 @@
 """Paged multi-head latent attention (MLA) decode for JAX, on Hopper GPUs and everywhere else."""
 
-from jax_flashmla import _dispatch, _ffi, cache, context_parallel, mla, rope
+from jax_flashmla import _dispatch, _ffi, cache, context_parallel, exporting, mla, rope
 from jax_flashmla._api import flash_mla_with_kvcache, get_mla_metadata, mla_decode
 from jax_flashmla._dispatch import status
 from jax_flashmla._merge import merge_partials
@@ -11,6 +11,7 @@ __all__ = [
     "__version__",
     "cache",
     "context_parallel",
+    "exporting",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "merge_partials",

@@ -1,0 +1,211 @@
+"""Programs exported on a host without a GPU: symbolic batch, both platforms, meshes, old files."""
+
+import functools
+import re
+from collections.abc import Callable
+
+import context_pools
+import exported_step
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_flashmla
+from jax_flashmla import _dispatch, cache, context_parallel, exporting
+from jax_flashmla.testing import cases, inputs
+
+SHAPE = cases.Shape(4, 2, 4, pages=3, pool_pages=16)
+SCALE = SHAPE.softmax_scale
+STABLE_TARGETS = {
+    "jax_flashmla_schedule",
+    "jax_flashmla_decode",
+    "jax_flashmla_append",
+    "jax_flashmla_gather",
+    "jax_flashmla_merge",
+}
+
+decode = functools.partial(jax_flashmla.mla_decode, softmax_scale=SCALE, num_sm_parts=5)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "local_gpu", lambda: None)
+
+
+def round_trip(function: Callable, *shapes: object, platforms: tuple = ("cpu", "cuda")) -> tuple:
+    checks = exporting.disabled_checks()
+    once = export.export(jax.jit(function), platforms=platforms, disabled_checks=checks)(*shapes)
+    again = export.deserialize(once.serialize())
+    assert again.platforms == platforms
+    return again
+
+
+def targets(exported: export.Exported) -> set[str]:
+    return set(re.findall(r"custom_call @(jax_flashmla_\w+)", exported.mlir_module()))
+
+
+def assert_same(got: object, expected: object) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.float32(x), np.float32(y), strict=True)
+
+
+def assert_near(got: object, expected: object) -> None:
+    """For programs that another release compiles: bfloat16 may be rounded the other way."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=2**-7, atol=1e-3)
+
+
+def described(arrays: tuple, symbolic: tuple[int, ...], names: str) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of arrays; where one has a dimension listed, it becomes the name in that place."""
+    bounds = [exporting.MAX_SYMBOLIC_BATCH] + (["p <= 1000"] if "p" in names else [])
+    dims = dict(zip(symbolic, export.symbolic_shape(names, constraints=bounds), strict=True))
+    return [jax.ShapeDtypeStruct([dims.get(d, d) for d in x.shape], x.dtype) for x in arrays]
+
+
+def batch_of(size: int) -> tuple[jax.Array, ...]:
+    shape = cases.Shape(size, 2, 4, pages=8, pool_pages=40)
+    return inputs.make_inputs(cases.Case(shape)).arrays()
+
+
+def rows(size: int) -> tuple[jax.Array, ...]:
+    """A pool of five pages and new rows for it: cache, latent, rope, slots, cos, sin."""
+    rng = np.random.default_rng(size)
+    half = [jnp.asarray(rng.standard_normal((size, d)), jnp.bfloat16) for d in (512, 64)]
+    slots = jnp.asarray(rng.permutation(320)[:size], jnp.int32)
+    angles = [jnp.asarray(rng.standard_normal((size, 32)), jnp.float32) for _ in range(2)]
+    return jnp.zeros((5, 64, 1, 576), jnp.bfloat16), *half, slots, *angles
+
+
+def partials(size: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(size)
+    outs = jnp.asarray(rng.standard_normal((3, size, 2, 512)), jnp.bfloat16)
+    return outs, jnp.asarray(rng.standard_normal((3, size, 2)), jnp.float32)
+
+
+def metadata(cache_seqlens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax_flashmla.get_mla_metadata(cache_seqlens, 8, 1, num_sm_parts=5)
+
+
+def append(pool: jax.Array, *rest: jax.Array) -> jax.Array:
+    *arrays, cos, sin = rest
+    return cache.append(pool, *arrays, cos=cos, sin=sin)
+
+
+PROGRAMS = {
+    "decode": (decode, batch_of),
+    "schedule": (metadata, lambda size: batch_of(size)[4:]),
+    "append": (append, rows),
+    "gather": (cache.gather, lambda size: batch_of(size)[2:]),
+    "merge": (jax_flashmla.merge_partials, partials),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_symbolic_batch_runs_at_any_size(name: str) -> None:
+    function, arguments = PROGRAMS[name]
+    exported = round_trip(function, *described(arguments(11), (11,), "b"))
+    assert f"jax_flashmla_{name}" in targets(exported)
+    for size in (1, 3):
+        assert_same(exported.call(*arguments(size)), jax.jit(function)(*arguments(size)))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_for_cuda_alone_nothing_but_the_custom_calls_is_left(name: str) -> None:
+    function, arguments = PROGRAMS[name]
+    exported = round_trip(function, *described(arguments(11), (11,), "b"), platforms=("cuda",))
+    expected = {f"jax_flashmla_{name}"} | ({"jax_flashmla_schedule"} if name == "decode" else set())
+    assert targets(exported) == expected
+    assert "stablehlo.dot" not in exported.mlir_module()
+
+
+def test_pages_and_table_may_be_symbolic_too() -> None:
+    exported = round_trip(decode, *described(batch_of(11), (11, 8, 40), "b, 8*w, p"))
+    assert_same(exported.call(*batch_of(2)), jax.jit(decode)(*batch_of(2)))
+    q_latent, q_rope, pool, table, lengths = batch_of(2)
+    wider = q_latent, q_rope, jnp.pad(pool, ((0, 3), *[(0, 0)] * 3)), jnp.tile(table, 2), lengths
+    assert_same(exported.call(*wider), jax.jit(decode)(*wider))
+
+
+def test_for_cuda_tables_may_have_any_width() -> None:
+    shapes = described(batch_of(11), (11, 8, 40), "b, w, p")
+    exported = round_trip(decode, *shapes, platforms=("cuda",))
+    assert targets(exported) == {"jax_flashmla_schedule", "jax_flashmla_decode"}
+
+
+def test_a_batch_without_bound_goes_to_cuda() -> None:
+    (b,) = export.symbolic_shape("b")
+    lengths = jax.ShapeDtypeStruct((b,), jnp.int32)
+    assert targets(round_trip(metadata, lengths, platforms=("cuda",))) == {"jax_flashmla_schedule"}
+
+
+def test_targets_are_those_of_exported_programs() -> None:
+    assert set(exporting.TARGETS) == STABLE_TARGETS
+
+
+def mesh_of(axis_type: AxisType) -> jax.sharding.Mesh:
+    devices = jax.local_devices(backend="cpu")[:4]
+    return jax.make_mesh((4,), ("devices",), axis_types=(axis_type,), devices=devices)
+
+
+def over_requests(mesh: jax.sharding.Mesh) -> tuple[Callable, tuple, tuple]:
+    spread = P("devices")
+    specs = spread, spread, P(), spread, spread
+    mapped = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=spread)
+    return mapped, specs, inputs.make_inputs(cases.Case(SHAPE)).arrays()
+
+
+def over_pages(mesh: jax.sharding.Mesh) -> tuple[Callable, tuple, tuple]:
+    specs = P(), P(), P("devices"), P("devices"), P()
+    call = functools.partial(
+        context_parallel.mla_decode_over_mesh,
+        axis_name="devices",
+        mesh=mesh,
+        softmax_scale=SCALE,
+        num_sm_parts=5,
+    )
+    return call, specs, context_pools.operands(inputs.make_inputs(cases.Case(SHAPE)), 4)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("program", [over_requests, over_pages])
+def test_shard_map_over_a_mesh(program: Callable, axis_type: AxisType) -> None:
+    mesh = mesh_of(axis_type)
+    function, specs, arrays = program(mesh)
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+    exported = round_trip(function, *placed)
+    assert exported.nr_devices == 4
+    assert {"jax_flashmla_schedule", "jax_flashmla_decode"} <= targets(exported)
+    assert_same(jax.jit(exported.call)(*placed), jax.jit(function)(*placed))
+
+
+def test_the_kept_program_still_runs() -> None:
+    kept = export.deserialize(exported_step.PATH.read_bytes())
+    assert kept.platforms == exported_step.PLATFORMS
+    assert targets(kept) == STABLE_TARGETS
+    for batch in (1, 4):
+        arguments = exported_step.arguments(batch)
+        assert_near(kept.call(*arguments), jax.jit(exported_step.step)(*arguments))
+
+
+def test_the_kept_program_is_what_would_be_exported_today() -> None:
+    kept, today = export.deserialize(exported_step.PATH.read_bytes()), exported_step.exported()
+    assert kept.in_tree == today.in_tree
+    assert kept.out_tree == today.out_tree
+    assert len(signatures(kept)) >= len(STABLE_TARGETS)
+    assert signatures(kept) == signatures(today)
+
+
+def signatures(exported: export.Exported) -> set[tuple[str, ...]]:
+    """Target, attributes and types of each custom call."""
+    text = exported.mlir_module()
+    found = re.finditer(
+        r"custom_call @(jax_flashmla_\w+)\(.*?(backend_config = {.*?}).* : (.*)", text
+    )
+    return {(x[1], x[2], re.sub(r" loc\(.*", "", x[3])) for x in found}
