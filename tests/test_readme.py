@@ -35,6 +35,19 @@ def test_model_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "(2, 1, 256) [73  8]\n"
 
 
+def test_context_parallel_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("Context parallelism"), {})
+    assert capsys.readouterr().out == "(2, 1, 16, 512) (2, 1, 16)\n"
+
+
+def test_export_example_gives_a_program() -> None:
+    names: dict[str, object] = {}
+    exec(block("Export"), names)
+    exported = names["export"].deserialize(names["program"])
+    assert exported.platforms == ("cpu", "cuda")
+    assert str(exported.in_avals[4].shape[0]) == "b"
+
+
 def test_operation_is_the_definition() -> None:
     names = {"jax": jax, "jnp": jnp}
     exec(block("The operation"), names)
