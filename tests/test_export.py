@@ -185,6 +185,18 @@ def test_shard_map_over_a_mesh(program: Callable, axis_type: AxisType) -> None:
     assert_same(jax.jit(exported.call)(*placed), jax.jit(function)(*placed))
 
 
+def test_decode_over_explicit_axes() -> None:
+    mesh = mesh_of(AxisType.Explicit)
+    _, specs, arrays = over_requests(mesh)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)
+        ]
+        exported = round_trip(decode, *placed)
+        assert exported.nr_devices == 4
+        assert_same(jax.jit(exported.call)(*placed), jax.jit(decode)(*placed))
+
+
 def test_the_kept_program_still_runs() -> None:
     kept = export.deserialize(exported_step.PATH.read_bytes())
     assert kept.platforms == exported_step.PLATFORMS
