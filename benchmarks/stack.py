@@ -204,6 +204,20 @@ def gather_attention(
     return layer.project_out(weights, layer.unabsorb(weights, out)), pool
 
 
+def _one_layer(
+    attention: Attention,
+    model: Model,
+    weights: Layer,
+    here: mla.Step,
+    x: jax.Array,
+    pool: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Norm, attention and residual; returns the new hidden states and pool."""
+    normed = mla.rms_norm(x, weights.norm, model.config.rms_norm_eps)
+    y, pool = attention(weights.attention, model.config, normed, pool, here)
+    return x + y, pool
+
+
 def unrolled(attention: Attention, model: Model) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """One decode step through all layers, one after the other in the program."""
 
@@ -218,10 +232,7 @@ def unrolled(attention: Attention, model: Model) -> Callable[..., tuple[jax.Arra
         step = mla.decode_step(model.config, block_table, cache_seqlens, slots)
         num_pages = pool.shape[0] // model.layers
         for i, weights in enumerate(layers):
-            normed = mla.rms_norm(x, weights.norm, model.config.rms_norm_eps)
-            here = step.at_layer(i, num_pages)
-            y, pool = attention(weights.attention, model.config, normed, pool, here)
-            x += y
+            x, pool = _one_layer(attention, model, weights, step.at_layer(i, num_pages), x, pool)
         # Normalised, the next step can begin with it.
         return mla.rms_norm(x, jnp.ones_like(x[0, 0]), 1e-6), pool
 
@@ -244,10 +255,8 @@ def scanned(attention: Attention, model: Model) -> Callable[..., tuple[jax.Array
 
         def body(carry: tuple, numbered: tuple) -> tuple:
             (x, pool), (i, weights) = carry, numbered
-            normed = mla.rms_norm(x, weights.norm, model.config.rms_norm_eps)
             here = step.at_layer(i, num_pages)
-            y, pool = attention(weights.attention, model.config, normed, pool, here)
-            return (x + y, pool), None
+            return _one_layer(attention, model, weights, here, x, pool), None
 
         numbers = jnp.arange(model.layers, dtype=jnp.int32)
         (x, pool), _ = jax.lax.scan(body, (x, pool), (numbers, layers))

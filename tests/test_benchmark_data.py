@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -12,11 +11,10 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
+from quick_script import BENCHMARKS, run_quick
 
-import jax_flashmla
 from jax_flashmla._roofline import H200
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 PEERS = json.loads((BENCHMARKS / "peers-h200.json").read_text(encoding="utf-8"))
 
 
@@ -100,19 +98,7 @@ QUICK = {
 @pytest.mark.parametrize("script", QUICK)
 def test_script_runs_on_tiny_shapes(script: str, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / script), "--quick", *QUICK[script]]
-    done = subprocess.run(
-        [*command, "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jax_flashmla.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "the numbers mean nothing" in done.stdout + done.stderr
-    result = json.loads(out.read_text(encoding="utf-8"))
-    assert {"device", "jax", "commit", "command"} <= set(result["env"])
+    result = run_quick(script, out, *QUICK[script])
     report = [sys.executable, str(BENCHMARKS / "report.py"), str(out)]
     told = subprocess.run(report, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "| goal | must | aim | reached | verdict |" in told

@@ -1,19 +1,12 @@
 """The benchmark of the cache operations: its sizes, and that it runs. Nothing is about speed."""
 
 import importlib
-import json
-import os
 import pathlib
-import subprocess
-import sys
 from types import ModuleType
 
 import jax
 import pytest
-
-import jax_flashmla
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+from quick_script import BENCHMARKS, run_quick
 
 
 @pytest.fixture
@@ -40,19 +33,7 @@ def test_bytes_are_those_of_the_arrays(cache_ops: ModuleType) -> None:
 
 def test_script_runs_on_tiny_sizes(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "cache_ops.py"), "--quick", "--rows", "*/*x16,app*"]
-    done = subprocess.run(
-        [*command, "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jax_flashmla.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "the numbers mean nothing" in done.stderr
-    result = json.loads(out.read_text(encoding="utf-8"))
-    assert {"device", "jax", "commit", "command"} <= set(result["env"])
+    result = run_quick("cache_ops.py", out, "--rows", "*/*x16,app*")
     names = {row["row"] for row in result["rows"]}
     assert names == {"append/1", "append/70", "merge/2x16", "merge/64x16"}
     assert all(row["us"] > 0 for row in result["rows"])

@@ -1,23 +1,17 @@
 """The benchmark of whole attention stacks: its rows fit, share what they must, and it runs."""
 
 import importlib
-import json
-import os
 import pathlib
-import subprocess
-import sys
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_script import BENCHMARKS, run_quick
 
-import jax_flashmla
 from jax_flashmla import mla
 from jax_flashmla._roofline import H200
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
@@ -79,17 +73,7 @@ def test_loop_scan_and_gather_agree(stack: ModuleType, monkeypatch: pytest.Monke
 
 def test_script_runs_on_tiny_shapes(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "layer_stack.py"), "--quick", "--out", str(out)]
-    done = subprocess.run(
-        [*command, "--rows", "v2lite/128x*"],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jax_flashmla.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "the numbers mean nothing" in done.stderr
-    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]  # both shrink to the same
+    result = run_quick("layer_stack.py", out, "--rows", "v2lite/128x*")
+    (row,) = result["rows"]  # both shrink to the same
     assert all(row[name] > 0 for name in ("us", "kernels_us", "xla_us"))
     assert (row["model"], row["shared_pages"]) == ("v2lite", False)

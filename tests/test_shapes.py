@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from argument_errors import assert_names_argument, name_of
 
 import jax_flashmla
 
@@ -193,10 +194,6 @@ CALLS = [
 ]
 
 
-def name_of(value: object) -> str | None:
-    return getattr(value, "__name__", value if isinstance(value, str) else "")
-
-
 @pytest.mark.parametrize(
     ("function", "valid", "argument", "value", "error", "text"), CALLS, ids=name_of
 )
@@ -208,10 +205,7 @@ def test_error_names_argument_got_and_expected(
     error: type[Exception],
     text: str,
 ) -> None:
-    with pytest.raises(error) as caught:
-        function(**valid | {argument: value})
-    assert argument in str(caught.value).split(": ")[0]
-    assert text in str(caught.value)
+    assert_names_argument(function, valid | {argument: value}, argument, error, text)
 
 
 @pytest.mark.parametrize(
