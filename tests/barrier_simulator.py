@@ -5,7 +5,7 @@ page 7, ...), and every read says which tag it needs. Warps are simulated one by
 four independent reads, which allows more than the hardware does.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from barrier_layout import (
     BOXES,
@@ -28,10 +28,10 @@ from barrier_layout import (
 from barrier_machine import NO_FAULTS, Faults, Machine, Region, Step
 
 
-def stream_pages(m: Machine, items: list[Item]) -> Step:
+def stream_pages(m: Machine, items: list[Item], order: Sequence[int]) -> Step:
     for n in range(sum(item.pages for item in items)):
         slot, use = n % len(SLOTS), n // len(SLOTS)
-        for part in PARTS:
+        for part in order:
             yield from m.wait("page_empty", slot, part, phase=use - 1)
             for box in BOXES[part]:
                 yield from request_box(m, slot, box, ("page", n))
@@ -126,12 +126,12 @@ class MathWarp:
         even, odd = self.count, self.count + 1
         has_odd = page + 1 < item.pages
         yield from self.compute_scores(even)  # [1]
-        if not has_odd:
-            yield from self.release((even, ROPE))
+        yield from self.release((even, ROPE))
         yield from self.release_query(item, page)
         tail = item.tail and not has_odd
         yield from self.settle(even, tail)  # [3]
-        yield from self.publish_weights(even, self.even_weights())
+        yield from self.store_weights(even, self.even_weights())
+        yield from self.publish_weights(even)
         yield from self.issue_values(even, tail)  # [4]
         yield from self.finish_values()
         yield from self.release((even, LEFT))
@@ -139,9 +139,9 @@ class MathWarp:
             return
         tail = item.tail and page + 2 == item.pages
         yield from self.hear_weights(odd)
-        yield from self.issue_other_values(odd, self.odd_weights(even), tail)  # [7]
+        yield from self.issue_other_values(odd, self.odd_weights(odd), tail)  # [7]
         yield from self.finish_values()
-        yield from self.release((odd, LEFT), (even, ROPE))
+        yield from self.release((odd, LEFT), (odd, ROPE))
 
     def right_pair(self, item: Item, page: int) -> Step:
         even, odd = self.count, self.count + 1
@@ -149,12 +149,16 @@ class MathWarp:
         tail = item.tail and page + 2 == item.pages
         if has_odd:
             yield from self.compute_scores(odd)  # [2]
-            yield from self.release((odd, ROPE))
         yield from self.release_query(item, page)
+        if has_odd:
+            yield from self.meet_own_warps()
+            yield from self.store_weights(odd, self.odd_weights(odd))  # [5]
         yield from self.hear_weights(even)
         if has_odd:
-            yield from self.settle(odd, tail)  # [5]
-            yield from self.publish_weights(odd, self.odd_weights(even))
+            yield from self.settle(odd, tail)
+            if odd % 3 == 0:  # the references have moved
+                yield from self.store_weights(odd, self.odd_weights(odd))
+            yield from self.publish_weights(odd)
         even_tail = item.tail and not has_odd
         yield from self.issue_other_values(even, self.even_weights(), even_tail)  # [6]
         yield from self.finish_values()
@@ -191,10 +195,12 @@ class MathWarp:
             yield from self.m.fence("tail", zeroed)
             yield from self.meet_own_warps()
 
-    def publish_weights(self, n: int, weights: Region) -> Step:
+    def store_weights(self, n: int, weights: Region) -> Step:
         yield from self.m.write(weights, ("P", n))
-        yield from self.m.write(self.m.region("reference", self.half, self.warp), ("of", n))
         yield from self.m.fence("weights", [weights])
+
+    def publish_weights(self, n: int) -> Step:
+        yield from self.m.write(self.m.region("reference", self.half, self.warp), ("of", n))
         yield from self.m.arrive("weights_ready", self.half, count=SPEAKING_LANES)
 
     def hear_weights(self, n: int) -> Step:
@@ -210,9 +216,9 @@ class MathWarp:
     def even_weights(self) -> Region:
         return self.m.region("even_weights", self.warp)
 
-    def odd_weights(self, even: int) -> Region:
-        """P of an odd page takes the place of the rope columns of the even page before it."""
-        return self.m.region("rope", even % len(SLOTS), self.warp)
+    def odd_weights(self, odd: int) -> Region:
+        """P of an odd page takes the place of its rope columns."""
+        return self.m.region("rope", odd % len(SLOTS), self.warp)
 
     def issue_values(self, n: int, tail: bool) -> Step:
         for region, tag in self.values(n, tail):
@@ -264,16 +270,17 @@ def simulate(
     seed: int,
     faults: Faults = NO_FAULTS,
     math_warp: type[MathWarp] = MathWarp,
+    order: Sequence[int] = PARTS,
     query_loader: Callable[[Machine, list[Item], int], Step] = load_queries,
 ) -> None:
     """Runs one block over its items in a random interleaving; raises Violation.
 
-    The roles and `faults` take mistakes.
+    `order` is the producer's order of a page's parts; the other roles and `faults` take mistakes.
     """
     items = list(items)
     m = Machine(seed, faults)
     add_barriers(m)
-    m.start("producer", stream_pages(m, items))
+    m.start("producer", stream_pages(m, items, order))
     for loader in LOADERS:
         m.start(f"query loader {loader}", query_loader(m, items, loader))
     for half, name in ((LEFT, "left"), (RIGHT, "right")):

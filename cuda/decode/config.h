@@ -47,7 +47,8 @@ FLASHMLA_HOST_DEVICE constexpr bool ends_part(int box) {
 FLASHMLA_HOST_DEVICE constexpr uint32_t bytes_of(TileRange tiles) {
   return static_cast<uint32_t>(tiles.count) * sm90::kTileBytes;
 }
-static_assert(kQkTiles * sm90::kTileBytes == kPageSize * kHeadDimQk * 2);
+inline constexpr uint32_t kPageBytes = kQkTiles * sm90::kTileBytes;
+static_assert(kPageBytes == kPageSize * kHeadDimQk * 2);
 
 // The two math roles: each owns half of V's columns, and the scores of every other page.
 enum Half : int { kLeftHalf, kRightHalf };

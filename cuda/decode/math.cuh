@@ -46,18 +46,19 @@ class Math {
       const PagePosition odd = {even.count + 1};
       const bool has_odd = page + 1 < item.end_page;
       compute_scores(even);  // [1]
-      if (!has_odd) release(barriers_.page_empty[even.slot()][kRope]);
+      release(barriers_.page_empty[even.slot()][kRope]);
       if (page + 2 >= item.end_page) release(barriers_.query_empty);
       const Rescaling own = settle(item, page, even, weigh(item, page));  // [3]
-      publish_weights(storage_.even_weights, own);
+      store_weights(storage_.even_weights);
+      publish_weights(own);
       issue_own_values(own, even);  // [4]
       finish_values();
       release(barriers_.page_empty[even.slot()][kLeft]);
       if (!has_odd) break;
       const Rescaling others = hear_weights();
-      issue_other_values(others, odd_weights(even), odd);  // [7]
+      issue_other_values(others, odd_weights(odd), odd);  // [7]
       finish_values();
-      release(barriers_.page_empty[odd.slot()][kLeft], barriers_.page_empty[even.slot()][kRope]);
+      release(barriers_.page_empty[odd.slot()][kLeft], barriers_.page_empty[odd.slot()][kRope]);
     }
   }
 
@@ -68,17 +69,19 @@ class Math {
       const PagePosition odd = {even.count + 1};
       const bool has_odd = page + 1 < item.end_page;
       bool moves = false;
-      if (has_odd) {
-        compute_scores(odd);  // [2]
-        release(barriers_.page_empty[odd.slot()][kRope]);
-      }
+      if (has_odd) compute_scores(odd);  // [2]
       if (page + 2 >= item.end_page) release(barriers_.query_empty);
-      if (has_odd) moves = weigh(item, page + 1);  // [5]
+      if (has_odd) {
+        moves = weigh(item, page + 1);  // [5]
+        meet_own_warps();               // all have read the rope tile
+        store_weights(odd_weights(odd));
+      }
       const Rescaling others = hear_weights();
       Rescaling own;
       if (has_odd) {
         own = settle(item, page + 1, odd, moves || others.any);
-        publish_weights(odd_weights(even), own);
+        if (own.any) store_weights(odd_weights(odd));
+        publish_weights(own);
       }
       issue_other_values(others, storage_.even_weights, even);  // [6]
       finish_values();
@@ -136,7 +139,7 @@ class Math {
     if (first_key + kPageSize > item.length) {
       zero_values(position.slot(), item.length - first_key);
       sm90::async_proxy_fence();
-      sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);
+      meet_own_warps();
     }
     return own;
   }
@@ -151,10 +154,12 @@ class Math {
     mask_scores(scores_, first_key, limit);
   }
 
-  // The weights to shared memory, for the other half, and the references if they moved.
-  __device__ __forceinline__ void publish_weights(uint8_t (&tile)[sm90::kTileBytes],
-                                                  const Rescaling& own) {
-    store_weights(sm90::shared_address(tile));
+  __device__ static __forceinline__ void meet_own_warps() {
+    sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);
+  }
+
+  // Tells the other half of the weights, and of the references if they moved.
+  __device__ __forceinline__ void publish_weights(const Rescaling& own) {
     if (speaks_for_rows()) {
       if (own.any) {
 #pragma unroll
@@ -164,7 +169,6 @@ class Math {
       }
       storage_.reference_moved[kHalf][own_warp()] = own.any;
     }
-    sm90::async_proxy_fence();
     __syncwarp();
     if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[kHalf]);
   }
@@ -183,10 +187,9 @@ class Math {
     return others;
   }
 
-  // P of an odd page replaces the rope columns of the even page before it: whoever has heard of
-  // that page's weights knows that its scores are done.
-  __device__ __forceinline__ uint8_t (&odd_weights(PagePosition even) const)[sm90::kTileBytes] {
-    return storage_.pages[even.slot()][part_tiles(kRope).begin];
+  // P of an odd page replaces its rope columns.
+  __device__ __forceinline__ uint8_t (&odd_weights(PagePosition odd) const)[sm90::kTileBytes] {
+    return storage_.pages[odd.slot()][part_tiles(kRope).begin];
   }
 
   __device__ static __forceinline__ int own_warp() {
@@ -204,13 +207,16 @@ class Math {
     }
   }
 
-  __device__ __forceinline__ void store_weights(uint32_t tile) {
+  // The weights to shared memory, for the other half.
+  __device__ __forceinline__ void store_weights(uint8_t (&into)[sm90::kTileBytes]) {
+    const uint32_t tile = sm90::shared_address(into);
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t row = threadIdx.x / 32 % kWarpsPerWarpgroup * 16 + lane % 16;
 #pragma unroll
     for (uint32_t step = 0; step < 4; ++step) {
       sm90::store_matrix_x4(tile + sm90::swizzled_chunk(row, step * 2 + lane / 16), weights_[step]);
     }
+    sm90::async_proxy_fence();
   }
 
   // O *= factor; O += P V of this half's page, P from registers.
