@@ -76,6 +76,25 @@ def test_a_single_row_gives_what_it_gives_in_a_batch(weights: mla.MLAWeights) ->
     np.testing.assert_allclose(pool, expected_pool, rtol=1e-5, atol=1e-6)
 
 
+def test_a_devices_single_row_gives_what_it_gives_in_a_batch(weights: mla.MLAWeights) -> None:
+    x = states(2, 1)
+    table, lengths, slots = np.array([[0, -1], [0, -1]]), np.array([5, 9]), np.array([[4], [8]])
+    pool = jax.random.normal(jax.random.key(9), (2, 64, 1, 576))  # a page for each device
+
+    def run(x: jax.Array, pool: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return mla.decode(weights, CONFIG, x, pool, mla.decode_step(CONFIG, *arrays))
+
+    arrays = [jnp.asarray(array, jnp.int32) for array in (table, lengths, slots)]
+    spec = jax.P("data")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(x, pool, *arrays)
+    table[1, 0], slots[1] = 1, 64 + 8  # the same pages in one pool
+    whole = [jnp.asarray(array, jnp.int32) for array in (table, lengths, slots)]
+    expected = jax.jit(run)(x, pool, *whole)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_no_dense_product_has_a_single_row(weights: mla.MLAWeights) -> None:
     """XLA would not take it for a matrix product."""
     step = mla.decode_step(CONFIG, *place([70], 1))
