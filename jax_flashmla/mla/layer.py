@@ -172,8 +172,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def _at_least_two_rows(x: jax.Array) -> jax.Array:
     """Repeats a single row: `[1, 1, ...]` becomes `[2, 1, ...]`; more rows stay as they are.
 
-    XLA does not take the product of one row and less than ten million weights for a matrix product:
-    it writes the weights times the row to memory, rounded, and sums that up.
+    XLA does not take the product of one row and a few million weights for a matrix product: it
+    writes the weights times the row to memory, rounded, and sums that up. In V2-Lite's shapes on an
+    H200 a layer at batch 1 took 67 us that way and takes 37 with two rows (JAX 0.11.2).
     """
     return jnp.broadcast_to(x, (2, *x.shape[1:])) if x.shape[:2] == (1, 1) else x
 
