@@ -3,6 +3,7 @@
     python benchmarks/layer_stack.py                       # results/h200-layer-stack.json
     python benchmarks/layer_stack.py --rows 'v2lite/*' --no-xla --out some.json
     python benchmarks/layer_stack.py --loop scan           # a scan over stacked weights
+    python benchmarks/layer_stack.py --profile             # and the kernels of a layer
     python benchmarks/layer_stack.py --quick               # tiny shapes: checks the script only
 
 Per row: the step, its attention kernels alone, the step with XLA's gather and einsum, and the sum
@@ -12,6 +13,7 @@ of two floors: attention, and reading all weights once. README.md beside this fi
 import argparse
 import os
 import pathlib
+from collections.abc import Callable
 
 # Read when JAX starts: weights and cache of the largest row take 105 GB.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
@@ -19,6 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 import environment
 import jax
 import jax.numpy as jnp
+import layer_profile
 import numpy as np
 import script
 import stack
@@ -26,10 +29,11 @@ from measure import FULL, QUICK, Effort
 
 from jax_flashmla import mla
 from jax_flashmla._roofline import H200
-from jax_flashmla._timing import Seconds, time_steps
+from jax_flashmla._timing import time_steps
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "h200-layer-stack.json"
 GOAL = 1.25  # of the floors' sum
+State = tuple[jax.Array, jax.Array]  # hidden states or queries, pool
 COLUMNS = (
     "model / batch × tokens",
     "step us",
@@ -49,7 +53,13 @@ def main() -> None:
     effort = QUICK if options.quick else FULL
     env = environment.describe(options.commit)
     entries: list[dict[str, object]] = []
-    result = {"kind": "layer_stack", "env": env, "loop": options.loop, "rows": entries}
+    result = {
+        "kind": "layer_stack",
+        "env": env,
+        "loop": options.loop,
+        "compiler_options": dict(options.compiler_option),
+        "rows": entries,
+    }
     for model in dict.fromkeys(row.model for row in rows):
         layers = stack.random_layers(model)
         if options.loop == "scan":
@@ -100,14 +110,22 @@ def measure(
     pool = stack.make_pool(row)
     for name, function, start, operands in runs:
         try:
-            seconds, pool = time_function(function, start, pool, operands, effort)
+            step, state = compile_step(function, start, pool, operands, options)
+            seconds, state = time_steps(step, state, repeats=effort.repeats, seconds=effort.seconds)
         except jax.errors.JaxRuntimeError as error:
             script.say(f"{row.name} {name}: left out, {str(error).splitlines()[0][:200]}")
             pool = pool if not pool.is_deleted() else stack.make_pool(row)
             continue
+        if not np.isfinite(np.asarray(state[0])).all():
+            raise RuntimeError(f"{row.name} {name}: the step ended in inf or NaN")
         entry[name] = seconds.median * 1e6
         if name == "us":
             entry |= {"us_low": seconds.low * 1e6, "us_high": seconds.high * 1e6}
+        if name == "us" and options.profile:
+            events, state = layer_profile.profile(step, state)
+            entry["layer_kernels"] = layer_profile.layer_kernels(events)
+            script.say(f"{row.name}: {layer_profile.text(entry['layer_kernels'])}")
+        pool = state[1]
     if entry["us"]:
         entry["over_floors"] = entry["us"] / (
             entry["attention_floor_us"] + entry["weight_floor_us"]
@@ -117,23 +135,19 @@ def measure(
     return entry
 
 
-def time_function(
-    function: object, start: jax.Array, pool: jax.Array, operands: tuple, effort: Effort
-) -> tuple[Seconds, jax.Array]:
-    """Time of one run, state and pool donated; the pool comes back."""
+def compile_step(
+    function: object,
+    start: jax.Array,
+    pool: jax.Array,
+    operands: tuple,
+    options: argparse.Namespace,
+) -> tuple[Callable[[State], State], State]:
+    """Compiles one run, state and pool donated; and the state to begin with."""
     jitted = jax.jit(function, donate_argnums=(0, 1))
-    compiled = jitted.lower(start, pool, *operands).compile()
+    lowered = jitted.lower(start, pool, *operands)
+    compiled = lowered.compile(compiler_options=dict(options.compiler_option) or None)
     # Over the host: `start` is used again, and what is donated is gone.
-    state = jnp.asarray(np.asarray(start)), pool
-    seconds, (last, pool) = time_steps(
-        lambda state: compiled(*state, *operands),
-        state,
-        repeats=effort.repeats,
-        seconds=effort.seconds,
-    )
-    if not np.isfinite(np.asarray(last)).all():
-        raise RuntimeError("the step ended in inf or NaN")
-    return seconds, pool
+    return lambda state: compiled(*state, *operands), (jnp.asarray(np.asarray(start)), pool)
 
 
 def table(entries: list[dict[str, object]]) -> str:
@@ -177,7 +191,23 @@ def _options() -> argparse.Namespace:
         default="unrolled",
         help="layers one after the other in the program, or a scan over stacked weights",
     )
+    parser.add_argument("--profile", action="store_true", help="also list a layer's kernels")
+    parser.add_argument(
+        "--compiler-option",
+        action="append",
+        default=[],
+        type=_name_and_value,
+        metavar="NAME=VALUE",
+        help="of XLA, such as xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+    )
     return parser.parse_args()
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE")
+    return name, value
 
 
 if __name__ == "__main__":

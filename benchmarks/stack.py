@@ -201,7 +201,7 @@ def gather_attention(
     )
     q = layer.absorb(weights, q_nope), q_rope
     out = gather_einsum(*q, pool, step.block_table, step.cache_seqlens, None)
-    return layer.project_out(weights, layer.unabsorb(weights, out)), pool
+    return layer.project_back(weights, out), pool
 
 
 def _one_layer(

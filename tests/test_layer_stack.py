@@ -73,7 +73,43 @@ def test_loop_scan_and_gather_agree(stack: ModuleType, monkeypatch: pytest.Monke
 
 def test_script_runs_on_tiny_shapes(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "result.json"
-    result = run_quick("layer_stack.py", out, "--rows", "v2lite/128x*")
+    option = "xla_gpu_graph_min_graph_size=4"
+    options = "--profile", "--compiler-option", option
+    result = run_quick("layer_stack.py", out, "--rows", "v2lite/128x*", *options)
     (row,) = result["rows"]  # both shrink to the same
     assert all(row[name] > 0 for name in ("us", "kernels_us", "xla_us"))
+    assert row["layer_kernels"] == []  # no GPU
+    assert result["compiler_options"] == dict([option.split("=")])
     assert (row["model"], row["shared_pages"]) == ("v2lite", False)
+
+
+def test_profile_counts_what_each_kernel_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    profile = importlib.import_module("layer_profile")
+    # A combine that starts while the decode kernel runs, a gap, a product; a step's end differs.
+    layer = [("decode_kernel", 0, 100), ("combine_kernel", 20, 110), ("gemm_fusion_dot", 115, 145)]
+    events = [
+        profile.Event(name, at + start, at + end)
+        for at in (0, 200, 400, 700)
+        for name, start, end in layer[: 1 if at == 400 else 3]
+    ]
+    assert profile.layer_kernels(events) == [
+        {"kernel": "decode_kernel", "us": 0.1},
+        {"kernel": "combine_kernel", "us": 0.01},
+        {"kernel": "gemm_fusion_dot", "us": 0.03},
+    ]
+    assert profile.layer_kernels([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void flashmla::decode::decode_kernel<__nv_bfloat16, false>(A)", "decode_kernel"),
+        ("void flashmla::cache::(anonymous namespace)::append_kernel<half>(B)", "append_kernel"),
+        ("gemm_fusion_dot_108", "gemm_fusion_dot"),
+        ("nvjet_sm90_tst_64x32_64x16_1x2_h_bz_NTT", "nvjet_sm90_tst_64x32_64x16_1x2_h_bz_NTT"),
+    ],
+)
+def test_profile_shortens_names(monkeypatch: pytest.MonkeyPatch, name: str, short: str) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    assert importlib.import_module("layer_profile").short_name(name) == short

@@ -60,6 +60,54 @@ def test_rows_that_pad_the_batch_change_nothing(weights: mla.MLAWeights) -> None
     assert sorted(np.flatnonzero(written)) == sorted(slots[::2].ravel())
 
 
+def test_a_single_row_gives_what_it_gives_in_a_batch(weights: mla.MLAWeights) -> None:
+    x = states(2, 1)
+    table, lengths, slots = place([70, 5], 1)
+    start = jax.random.normal(jax.random.key(9), (PAGES, 64, 1, 576))
+    expected, expected_pool = decode(
+        weights, CONFIG, x, start, mla.decode_step(CONFIG, table, lengths, slots)
+    )
+    pool, parts = start, []
+    for i in range(2):
+        step = mla.decode_step(CONFIG, *(array[i : i + 1] for array in (table, lengths, slots)))
+        part, pool = decode(weights, CONFIG, x[i : i + 1], pool, step)
+        parts.append(part)
+    np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pool, expected_pool, rtol=1e-5, atol=1e-6)
+
+
+def test_a_devices_single_row_gives_what_it_gives_in_a_batch(weights: mla.MLAWeights) -> None:
+    x = states(2, 1)
+    table, lengths, slots = np.array([[0, -1], [0, -1]]), np.array([5, 9]), np.array([[4], [8]])
+    pool = jax.random.normal(jax.random.key(9), (2, 64, 1, 576))  # a page for each device
+
+    def run(x: jax.Array, pool: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return mla.decode(weights, CONFIG, x, pool, mla.decode_step(CONFIG, *arrays))
+
+    arrays = [jnp.asarray(array, jnp.int32) for array in (table, lengths, slots)]
+    spec = jax.P("data")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(x, pool, *arrays)
+    table[1, 0], slots[1] = 1, 64 + 8  # the same pages in one pool
+    whole = [jnp.asarray(array, jnp.int32) for array in (table, lengths, slots)]
+    expected = jax.jit(run)(x, pool, *whole)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_no_dense_product_has_a_single_row(weights: mla.MLAWeights) -> None:
+    """XLA would not take it for a matrix product."""
+    step = mla.decode_step(CONFIG, *place([70], 1))
+    pool = cache.make_pool(1, PAGES, dtype=jnp.float32)
+    text = decode.lower(weights, CONFIG, states(1, 1), pool, step).as_text()
+    hidden, rank = HF["hidden_size"], HF["q_lora_rank"]
+    for columns in (hidden, rank):  # of what goes into the products with down and query_up
+        assert re.search(rf"dot_general .*: \(tensor<2x1x{columns}xf32>", text)
+    assert re.search(rf"dot_general .*-> tensor<2x1x{hidden}xf32>", text)
+    assert not re.search(rf"dot_general .*: \(tensor<1x1x({hidden}|{rank})xf32>", text)
+    assert not re.search(rf"dot_general .*-> tensor<1x1x{hidden}xf32>", text)
+
+
 def test_several_tokens_at_once_are_one_after_the_other(weights: mla.MLAWeights) -> None:
     x = states(2, 3)
     table, lengths, slots = place([66, 10], 3)
