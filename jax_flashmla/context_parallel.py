@@ -16,17 +16,16 @@ A length without a mask, or with one query, needs only one decode.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_flashmla import _shapes
+from jax_flashmla import _exchange, _shapes
 from jax_flashmla._api import mla_decode
 from jax_flashmla._dispatch import Implementation
-from jax_flashmla._merge import merge_partials
+from jax_flashmla._exchange import Exchange
 from jax_flashmla._page_shares import share, split_block_table, split_seqlens, split_slots
 from jax_flashmla._shapes import PAGE_SIZE
 
@@ -37,9 +36,6 @@ __all__ = [
     "split_seqlens",
     "split_slots",
 ]
-
-Exchange = Literal["gather", "heads"]
-EXCHANGES = ("gather", "heads")
 
 
 def mla_decode_context_parallel(
@@ -95,7 +91,7 @@ def mla_decode_context_parallel(
     arrays = _shapes.as_arrays(**dict(zip(names, values, strict=True)))
     shape = _shapes.split_decode_shape(*arrays)
     n = _manual_axis_size(axis_name)
-    _check_exchange(exchange, shape.h_q, n)
+    _exchange.check(exchange, shape.h_q, n)
     options = {
         "softmax_scale": _shapes.check_softmax_scale(softmax_scale),
         "num_sm_parts": num_sm_parts,
@@ -105,13 +101,9 @@ def mla_decode_context_parallel(
         return mla_decode(*arrays, **options)
     in_steps = _shapes.check_flag("causal", causal) and shape.s_q > 1
     outs, lses = _partials(*arrays, jax.lax.axis_index(axis_name), n, in_steps, options)
-    if exchange == "heads":
-        outs, lses = (_deal_heads(x, axis_name) for x in (outs, lses))
-        merged = merge_partials(outs, lses, implementation=implementation)
-        out, lse = (_gather(x, axis_name, 2) for x in merged)
-        return out, lse
-    gathered = (_gather(x, axis_name, 0) for x in (outs, lses))
-    return merge_partials(*gathered, implementation=implementation)
+    return _exchange.merge_over(
+        outs, lses, axis_name=axis_name, exchange=exchange, implementation=implementation
+    )
 
 
 def mla_decode_over_mesh(
@@ -252,17 +244,6 @@ def _partials(
     return jnp.stack([first[0], out]), jnp.stack([first[1], lse])
 
 
-def _deal_heads(partials: jax.Array, axis_name: str) -> jax.Array:
-    """Gives away `[k, b, s_q, h_q, ...]` for `[n * k, b, s_q, h_q / n, ...]` of all devices."""
-    return jax.lax.all_to_all(partials, axis_name, split_axis=3, concat_axis=0, tiled=True)
-
-
-def _gather(x: jax.Array, axis_name: str, dimension: int) -> jax.Array:
-    """Gathers shards along a dimension; shard_map's check learns that all devices have the same."""
-    to = "invarying" if jax.typeof(x).manual_axis_type.varying else "varying"
-    return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True, to=to)
-
-
 def _manual_axis_size(axis_name: str) -> int:
     manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     if axis_name not in manual:
@@ -271,15 +252,6 @@ def _manual_axis_size(axis_name: str) -> int:
             " enclosing jax.shard_map maps over"
         )
     return jax.lax.axis_size(axis_name)
-
-
-def _check_exchange(exchange: str, h_q: int, n: int) -> None:
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange: got {exchange!r}, expected one of {list(EXCHANGES)}")
-    if exchange == "heads" and h_q % n:
-        raise ValueError(
-            f"exchange: got 'heads' with {h_q} query heads, expected a multiple of the {n} devices"
-        )
 
 
 def _check_axes(mesh: Mesh | AbstractMesh, named: dict[str, str]) -> None:
