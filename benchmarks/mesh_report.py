@@ -1,0 +1,177 @@
+"""What results of `mesh.py` mean: tables, whether goals are reached, and a plot."""
+
+import pathlib
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import goals
+
+from jax_flashmla._exchange import EXCHANGES
+
+WEAK_MOST, HEADS_MOST = 1.03, 1.03
+# By row and GPUs: how many times as fast as one GPU.
+CONTEXT_LEAST = {
+    ("context/8x131072/h128/s1", 2): 1.8,
+    ("context/8x131072/h128/s1", 4): 3.3,
+    ("context/1x524288/h128/s1", 2): 1.7,
+    ("context/1x524288/h128/s1", 4): 2.7,
+}
+SPREAD_COLUMNS = ("spread", "heads", "batch × tokens", "GPUs", "us", "one GPU alone, us", "ratio")
+CONTEXT_COLUMNS = (
+    *("heads", "batch × tokens", "GPUs", "gather: us", "speed-up", "heads: us", "speed-up"),
+    *("attention alone", "merge alone: gather", "heads"),
+)
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def tables(result: dict) -> list[Table]:
+    """Columns and rows of all tables."""
+    made = [_equality(result["equality"], result["devices"])] if result["equality"] else []
+    spread = [line for row in result["rows"] if row["way"] != "context" for line in _spread(row)]
+    context = [line for row in result["rows"] if row["way"] == "context" for line in _context(row)]
+    made += [(SPREAD_COLUMNS, spread)] if spread else []
+    return made + ([(CONTEXT_COLUMNS, context)] if context else [])
+
+
+def lines(result: dict) -> list[goals.Line]:
+    """What is to be reached."""
+    found = []
+    entries = result["equality"]
+    if entries:
+        wrong = sum(entry["total"] - entry["passed"] for entry in entries)
+        total = sum(entry["total"] for entry in entries)
+        goal = f"results over meshes other than one GPU's, of {total}"
+        found.append(goals.Line(goal, wrong, 0, higher=False))
+    for row in result["rows"]:
+        us = _medians(row)
+        for n in _counts(row):
+            where = f"{row['row']} on {n}"
+            if row["way"] == "context":
+                least = CONTEXT_LEAST.get((row["row"], n))
+                if least:
+                    best = max(_alone(us) / us[f"{exchange} on {n}"] for exchange in EXCHANGES)
+                    found.append(goals.Line(f"{where}: speed-up", best, least))
+            else:
+                most = WEAK_MOST if row["way"] == "requests" else HEADS_MOST
+                ratio = us[f"on {n}"] / _reference(row, us, n)
+                found.append(goals.Line(f"{where}: over one GPU", ratio, most, higher=False))
+    return found
+
+
+def draw(result: dict, path: pathlib.Path) -> None:
+    """Draws speed-up over GPUs, and what a call of context parallelism is made of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    _draw_speed(left, result)
+    _draw_parts(right, [row for row in result["rows"] if row["way"] == "context"])
+    figure.suptitle(f"MLA decode over several {result['env']['device']} of one host")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_speed(axes: object, result: dict) -> None:
+    most = max(result["devices"])
+    axes.plot([1, most], [1, most], color="black", linewidth=0.8, label="ideal")
+    markers = {"requests": "o", "heads": "s", "context": "^"}
+    for row in result["rows"]:
+        us, counts = _medians(row), _counts(row)
+        work = {n: n if row["way"] == "requests" else 1 for n in counts}
+        times = {n: us.get(f"on {n}", us.get(f"gather on {n}")) for n in counts}
+        gain = [1.0, *(work[n] * _alone(us) / times[n] for n in counts)]
+        axes.plot([1, *counts], gain, marker=markers[row["way"]], label=row["row"])
+    axes.set(xlabel="GPUs", ylabel="tokens per second, over one GPU's", xticks=result["devices"])
+    axes.legend(fontsize="small")
+    axes.grid(visible=True, alpha=0.2)
+
+
+def _draw_parts(axes: object, rows: Sequence[dict]) -> None:
+    places, names = 0, []
+    for row in rows:
+        us = _medians(row)
+        axes.bar(places, _alone(us), color="tab:gray")
+        names.append(f"{row['batch']}x{row['seqlen']}/h{row['h_q']}\n1 GPU")
+        places += 1
+        for n in _counts(row):
+            for exchange, color in zip(EXCHANGES, ("tab:orange", "tab:red"), strict=True):
+                whole, attention = us[f"{exchange} on {n}"], us[f"attention on {n}"]
+                first = places == 1
+                axes.bar(
+                    places, attention, color="tab:blue", label="attention alone" if first else None
+                )
+                label = f"exchange and merge, {exchange}" if n == 2 and row is rows[0] else None
+                over = max(0.0, whole - attention)
+                axes.bar(places, over, bottom=attention, color=color, label=label)
+                names.append(f"{n}, {exchange}")
+                places += 1
+    axes.set_xticks(range(places), names, rotation=90, fontsize=7)
+    axes.set(ylabel="us per call", title="Context parallelism")
+    axes.legend(fontsize="small")
+
+
+def _equality(entries: Sequence[dict], devices: Sequence[int]) -> Table:
+    """Passed of all, by op and kind of mesh."""
+    counts = [n for n in devices if n > 1]
+    found: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(dict)
+    for entry in entries:
+        cell = found[entry["what"], entry["kind"]].setdefault(entry["devices"], [0, 0])
+        cell[0] += entry["passed"]
+        cell[1] += entry["total"]
+    other = sorted({entry["devices"] for entry in entries} - set(counts))
+    columns = [*other, *counts]
+    rows = [
+        (what, kind, *("{}/{}".format(*cells[n]) if n in cells else "-" for n in columns))
+        for (what, kind), cells in found.items()
+    ]
+    return ("op", "mesh", *(f"{n} GPU{'s' * (n > 1)}" for n in columns)), rows
+
+
+def _spread(row: dict) -> Iterator[tuple[str, ...]]:
+    us = _medians(row)
+    for n in _counts(row):
+        one, whole = _reference(row, us, n), us[f"on {n}"]
+        heads = f"{row['h_q'] // n} of {row['h_q']}" if row["way"] == "heads" else str(row["h_q"])
+        shape = f"{row['batch']} × {row['seqlen']}"
+        each = f"{shape} each" if row["way"] == "requests" else shape
+        yield row["way"], heads, each, str(n), f"{whole:.1f}", f"{one:.1f}", f"{whole / one:.3f}"
+
+
+def _context(row: dict) -> Iterator[tuple[str, ...]]:
+    us = _medians(row)
+    shape = str(row["h_q"]), f"{row['batch']} × {row['seqlen']}"
+    yield (*shape, "1", f"{_alone(us):.1f}", "1", *"-----")
+    for n in _counts(row):
+        cells = []
+        for exchange in EXCHANGES:
+            whole = us[f"{exchange} on {n}"]
+            cells += [f"{whole:.1f}", f"{_alone(us) / whole:.2f}"]
+        cells.append(f"{us[f'attention on {n}']:.1f}")
+        cells += [f"{us[f'merge, {exchange} on {n}']:.1f}" for exchange in EXCHANGES]
+        yield (*shape, str(n), *cells)
+
+
+def _reference(row: dict, us: dict[str, float], n: int) -> float:
+    """One GPU that does alone what each of n does."""
+    if row["way"] == "requests":
+        return _alone(us)
+    return us[f"{row['h_q'] // n} heads alone, GPU 0"]
+
+
+def _alone(us: dict[str, float]) -> float:
+    """The mean over the GPUs of the host."""
+    return statistics.mean(value for name, value in us.items() if name.startswith("alone"))
+
+
+def _medians(row: dict) -> dict[str, float]:
+    return {name: program["us"] for name, program in row["programs"].items()}
+
+
+def _counts(row: dict) -> list[int]:
+    """Numbers of GPUs above one."""
+    found = (re.search(r"(?:^| )on (\d+)$", name) for name in row["programs"])
+    return sorted({int(match[1]) for match in found if match})
