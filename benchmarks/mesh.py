@@ -41,7 +41,7 @@ def main() -> None:
         raise SystemExit(f"error: --devices {options.devices}, JAX sees {jax.device_count()}")
     result = {
         "kind": "mesh",
-        "env": environment.describe(options.commit),
+        "env": environment.describe(options.commit) | {"links": environment.links()},
         "quick": options.quick,
         "devices": options.devices,
         "equality": [],

@@ -21,14 +21,14 @@ CONTEXT_LEAST = {
 SPREAD_COLUMNS = ("spread", "heads", "batch × tokens", "GPUs", "us", "one GPU alone, us", "ratio")
 CONTEXT_COLUMNS = (
     *("heads", "batch × tokens", "GPUs", "gather: us", "speed-up", "heads: us", "speed-up"),
-    *("attention alone", "merge alone: gather", "heads"),
+    *("attention alone", "merge alone: gather", "heads", "gather, in a scan"),
 )
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def tables(result: dict) -> list[Table]:
     """Columns and rows of all tables."""
-    made = [_equality(result["equality"], result["devices"])] if result["equality"] else []
+    made = [_equality(result["equality"])] if result["equality"] else []
     spread = [line for row in result["rows"] if row["way"] != "context" for line in _spread(row)]
     context = [line for row in result["rows"] if row["way"] == "context" for line in _context(row)]
     made += [(SPREAD_COLUMNS, spread)] if spread else []
@@ -114,21 +114,26 @@ def _draw_parts(axes: object, rows: Sequence[dict]) -> None:
     axes.legend(fontsize="small")
 
 
-def _equality(entries: Sequence[dict], devices: Sequence[int]) -> Table:
-    """Passed of all, by op and kind of mesh."""
-    counts = [n for n in devices if n > 1]
-    found: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(dict)
+def _equality(entries: Sequence[dict]) -> Table:
+    """Passed of all, by op, with the kinds of mesh together."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    found: dict[str, dict[int, list[int]]] = defaultdict(dict)
     for entry in entries:
-        cell = found[entry["what"], entry["kind"]].setdefault(entry["devices"], [0, 0])
+        if entry["kind"] not in kinds[entry["what"]]:
+            kinds[entry["what"]].append(entry["kind"])
+        cell = found[entry["what"]].setdefault(entry["devices"], [0, 0])
         cell[0] += entry["passed"]
         cell[1] += entry["total"]
-    other = sorted({entry["devices"] for entry in entries} - set(counts))
-    columns = [*other, *counts]
+    columns = sorted({entry["devices"] for entry in entries})
     rows = [
-        (what, kind, *("{}/{}".format(*cells[n]) if n in cells else "-" for n in columns))
-        for (what, kind), cells in found.items()
+        (what, ", ".join(kinds[what]), *(_passed(cells.get(n)) for n in columns))
+        for what, cells in found.items()
     ]
     return ("op", "mesh", *(f"{n} GPU{'s' * (n > 1)}" for n in columns)), rows
+
+
+def _passed(cell: list[int] | None) -> str:
+    return f"{cell[0]}/{cell[1]}" if cell else "-"
 
 
 def _spread(row: dict) -> Iterator[tuple[str, ...]]:
@@ -144,7 +149,7 @@ def _spread(row: dict) -> Iterator[tuple[str, ...]]:
 def _context(row: dict) -> Iterator[tuple[str, ...]]:
     us = _medians(row)
     shape = str(row["h_q"]), f"{row['batch']} × {row['seqlen']}"
-    yield (*shape, "1", f"{_alone(us):.1f}", "1", *"-----")
+    yield (*shape, "1", f"{_alone(us):.1f}", "1", *"------")
     for n in _counts(row):
         cells = []
         for exchange in EXCHANGES:
@@ -152,6 +157,7 @@ def _context(row: dict) -> Iterator[tuple[str, ...]]:
             cells += [f"{whole:.1f}", f"{_alone(us) / whole:.2f}"]
         cells.append(f"{us[f'attention on {n}']:.1f}")
         cells += [f"{us[f'merge, {exchange} on {n}']:.1f}" for exchange in EXCHANGES]
+        cells.append(f"{us[f'gather, in a scan on {n}']:.1f}")
         yield (*shape, str(n), *cells)
 
 

@@ -80,18 +80,34 @@ def entry(spread: Spread, ready: Sequence[Compiled], timings: dict[str, lanes.Se
 
 def compiled(program: Program) -> Compiled:
     """Compiles the chain of a program."""
-    chain = jax.jit(chained(program.attend, program.calls), donate_argnums=0)
+    chain = jax.jit((scanned if program.scan else chained)(program), donate_argnums=0)
     run = chain.lower(program.state, program.rest, program.tables).compile()
     return Compiled(program, run, count(run.as_text()))
 
 
-def chained(attend: Callable[..., object], calls: int) -> Callable[..., object]:
+def chained(program: Program) -> Callable[..., object]:
     """The function of a chain: each call gets the state that the one before gave."""
 
     def run(state: object, rest: tuple, tables: tuple) -> object:
-        for table in itertools.islice(itertools.cycle(tables), calls):
-            state = attend(state, *rest, table)
+        for table in itertools.islice(itertools.cycle(tables), program.calls):
+            state = program.attend(state, *rest, table)
         return state
+
+    return run
+
+
+def scanned(program: Program) -> Callable[..., object]:
+    """The same as a loop of XLA's."""
+
+    def run(state: object, rest: tuple, tables: tuple) -> object:
+        stacked = jnp.stack(tables)
+
+        def step(state: object, i: jax.Array) -> tuple[object, None]:
+            table = jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+            return program.attend(state, *rest, table), None
+
+        places = jnp.arange(program.calls, dtype=jnp.int32) % len(tables)
+        return jax.lax.scan(step, state, places)[0]
 
     return run
 

@@ -62,6 +62,7 @@ class Program:
         rest: What every call gets.
         tables: KV sets to rotate over.
         calls: In one chain.
+        scan: Whether the chain is a loop, else its calls stand one after the other.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Program:
     rest: Arrays
     tables: tuple[jax.Array, ...]
     calls: int
+    scan: bool = False
 
 
 class Pools:
@@ -167,7 +169,9 @@ def over_context(row: Row, pools: Pools, mesh: Mesh) -> Iterator[Program]:
     latent = _latent(rng, row)
     for exchange in _exchange.EXCHANGES:
         attend = functools.partial(_over_context, mesh=mesh, exchange=exchange)
-        yield Program(f"{exchange} on {n}", attend, put(latent), rest, tables, calls)
+        whole = Program(f"{exchange} on {n}", attend, put(latent), rest, tables, calls)
+        yield whole
+        yield dataclasses.replace(whole, name=f"{exchange}, in a scan on {n}", scan=True)
     many = dataclasses.replace(row, batch=n * row.batch)
     yield over_requests(f"attention on {n}", many, shares.reshape(-1), pools, mesh, calls)
     partials = put(np.tile(latent, (n, 1, 1, 1)), AXIS), put(np.zeros(many_rows(many)), AXIS)
