@@ -87,10 +87,11 @@ def compiled(program: Program) -> Compiled:
 
 def chained(program: Program) -> Callable[..., object]:
     """The function of a chain: each call gets the state that the one before gave."""
+    attend = jax.jit(program.attend)  # traced and lowered once; XLA inlines it
 
     def run(state: object, rest: tuple, tables: tuple) -> object:
         for table in itertools.islice(itertools.cycle(tables), program.calls):
-            state = program.attend(state, *rest, table)
+            state = attend(state, *rest, table)
         return state
 
     return run
