@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import one_process
 
@@ -43,7 +44,12 @@ def run(count: int, folder: Path, *, cpu_devices: int | None = None) -> list[dic
             process.wait()
     if codes != [0] * count:
         raise RuntimeError("\n".join(log.read_text()[-3000:] for log in logs))
-    return [dict(np.load(folder / f"{i}.npz")) for i in range(count)]
+    return [{k: _read(x) for k, x in np.load(folder / f"{i}.npz").items()} for i in range(count)]
+
+
+def _read(array: np.ndarray) -> np.ndarray:
+    """NumPy's files keep the bits of bfloat16 and forget its name."""
+    return array.view(jnp.bfloat16) if array.dtype.kind == "V" else array
 
 
 def _free_port() -> int:
