@@ -18,6 +18,12 @@ from mesh_workload import Pools, Program, Spread
 COLLECTIVE = re.compile(
     r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
+SCHEDULE = "jax_flashmla_schedule"
+TARGET = re.compile(r'custom_call_target="(jax_flashmla_\w+)"')
+# XLA's default and COLLECTIVES.
+CAPTURED = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,COLLECTIVES",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,8 @@ def entry(spread: Spread, ready: Sequence[Compiled], timings: dict[str, lanes.Se
 def compiled(program: Program) -> Compiled:
     """Compiles the chain of a program."""
     chain = jax.jit((scanned if program.scan else chained)(program), donate_argnums=0)
-    run = chain.lower(program.state, program.rest, program.tables).compile()
+    lowered = chain.lower(program.state, program.rest, program.tables)
+    run = lowered.compile(compiler_options=CAPTURED if program.captured else None)
     return Compiled(program, run, count(run.as_text()))
 
 
@@ -114,9 +121,14 @@ def scanned(program: Program) -> Callable[..., object]:
 
 
 def count(text: str) -> dict[str, int]:
-    """Collectives and calls of our kernels in a compiled chain."""
-    found = COLLECTIVE.findall(text) + re.findall(r'custom_call_target="(jax_flashmla_\w+)"', text)
-    return {name: found.count(name) for name in sorted(set(found))}
+    """Collectives and calls of our kernels in a compiled chain, and schedules inside its loop."""
+    found = COLLECTIVE.findall(text) + TARGET.findall(text)
+    counts = {name: found.count(name) for name in sorted(set(found))}
+    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
+    parts = re.findall(r"^%?([\w.-]+) \((.*?)^}", text, re.MULTILINE | re.DOTALL)
+    looped = (TARGET.findall(part) for name, part in parts if name in bodies)
+    counts["schedules in a loop"] = sum(found.count(SCHEDULE) for found in looped)
+    return {name: n for name, n in counts.items() if n}
 
 
 def lane(ready: Compiled) -> lanes.Lane:

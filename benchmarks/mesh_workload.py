@@ -63,6 +63,8 @@ class Program:
         tables: KV sets to rotate over.
         calls: In one chain.
         scan: Whether the chain is a loop, else its calls stand one after the other.
+        captured: Whether collectives may be part of command buffers, which are CUDA graphs. XLA
+            leaves them out unless it is told.
     """
 
     name: str
@@ -72,6 +74,15 @@ class Program:
     tables: tuple[jax.Array, ...]
     calls: int
     scan: bool = False
+    captured: bool = False
+
+    def variants(self, *, scan: bool) -> Iterator["Program"]:
+        """The program, also captured, also as a loop."""
+        name, on = self.name.rsplit(" on ", 1)
+        yield self
+        yield dataclasses.replace(self, name=f"{name}, captured on {on}", captured=True)
+        if scan:
+            yield dataclasses.replace(self, name=f"{name}, in a scan on {on}", scan=True)
 
 
 class Pools:
@@ -170,14 +181,16 @@ def over_context(row: Row, pools: Pools, mesh: Mesh) -> Iterator[Program]:
     for exchange in _exchange.EXCHANGES:
         attend = functools.partial(_over_context, mesh=mesh, exchange=exchange)
         whole = Program(f"{exchange} on {n}", attend, put(latent), rest, tables, calls)
-        yield whole
-        yield dataclasses.replace(whole, name=f"{exchange}, in a scan on {n}", scan=True)
+        yield from whole.variants(scan=exchange == "gather")
     many = dataclasses.replace(row, batch=n * row.batch)
     yield over_requests(f"attention on {n}", many, shares.reshape(-1), pools, mesh, calls)
     partials = put(np.tile(latent, (n, 1, 1, 1)), AXIS), put(np.zeros(many_rows(many)), AXIS)
     for exchange in _exchange.EXCHANGES:
         merge = functools.partial(_merge, mesh=mesh, exchange=exchange)
-        yield Program(f"merge, {exchange} on {n}", merge, partials, (), (put(np.zeros(1)),), calls)
+        alone = Program(
+            f"merge, {exchange} on {n}", merge, partials, (), (put(np.zeros(1)),), calls
+        )
+        yield from alone.variants(scan=False)
 
 
 def many_rows(row: Row) -> tuple[int, int, int]:

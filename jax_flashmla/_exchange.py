@@ -3,6 +3,8 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla._merge import merge_partials
@@ -46,7 +48,7 @@ def merge_over(
         out `[b, s_q, h_q, 512]` and lse `[b, s_q, h_q]`, the same bits on all devices.
     """
     if exchange == "heads":
-        outs, lses = (_deal_heads(x, axis_name) for x in (outs, lses))
+        outs, lses = _unpacked(_deal_heads(_packed(outs, lses), axis_name), outs.dtype)
         merged = merge_partials(outs, lses, implementation=implementation)
         out, lse = (_gather(x, axis_name, 2) for x in merged)
         return out, lse
@@ -54,8 +56,25 @@ def merge_over(
     return merge_partials(*gathered, implementation=implementation)
 
 
+def _packed(outs: jax.Array, lses: jax.Array) -> jax.Array:
+    """Puts both into one array of words, uint32 `[..., d * itemsize / 4 + 1]`, to travel as one.
+
+    Numbers of another type would not do: what a float's half looks like may be changed on the way.
+    """
+    if outs.dtype.itemsize == 2:
+        outs = outs.reshape(*outs.shape[:-1], -1, 2)
+    words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in (outs, lses[..., None])]
+    return jnp.concatenate(words, axis=-1)
+
+
+def _unpacked(packed: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    outs = jax.lax.bitcast_convert_type(packed[..., :-1], dtype)  # [..., words(, halves)]
+    lses = jax.lax.bitcast_convert_type(packed[..., -1], jnp.float32)
+    return outs.reshape(*lses.shape, -1), lses
+
+
 def _deal_heads(partials: jax.Array, axis_name: str) -> jax.Array:
-    """Gives away `[k, b, s_q, h_q, ...]` for `[n * k, b, s_q, h_q / n, ...]` of all devices."""
+    """Gives away `[k, b, s_q, h_q, words]` for `[n * k, b, s_q, h_q / n, words]` of all devices."""
     return jax.lax.all_to_all(partials, axis_name, split_axis=3, concat_axis=0, tiled=True)
 
 

@@ -12,10 +12,12 @@ from jax.sharding import AxisType, NamedSharding
 
 import jax_flashmla
 from jax_flashmla import cache
+from jax_flashmla.testing import logits
 
 Arrays = tuple[jax.Array, ...]
 
 SCALE = 0.1
+QUERY_SIGMA = 1 / (SCALE * logits.KEY_SIGMA * 576**0.5)  # logits of standard deviation 1
 AXES = ("data", "model")
 NONE, DATA, MODEL = P(), P("data"), P(None, None, "model")
 BOTH = P("data", None, "model")
@@ -98,9 +100,9 @@ def decode_arrays(sizes: Sizes) -> Arrays:
     pages = sizes.pages // sizes.shards  # each device could hold the pages of any request
     table = np.random.default_rng(1).integers(0, pages, (sizes.batch, 3), np.int32)
     lengths = np.resize(np.int32([0, 70, 192, 1]), sizes.batch)
-    pool = sizes.pages, 64, sizes.kv_heads, 576
-    floats = (normal(sizes.dtype, *shape) for shape in ((*rows, 512), (*rows, 64), pool))
-    return *floats, table, lengths
+    queries = (normal(sizes.dtype, *rows, d, sigma=QUERY_SIGMA) for d in (512, 64))
+    pool = normal(sizes.dtype, sizes.pages, 64, sizes.kv_heads, 576, sigma=logits.KEY_SIGMA)
+    return *queries, pool, table, lengths
 
 
 def append_arrays(sizes: Sizes) -> Arrays:
@@ -112,9 +114,9 @@ def append_arrays(sizes: Sizes) -> Arrays:
     return *(normal(sizes.dtype, *shape) for shape in floats), slots, *rotation
 
 
-def normal(dtype: str, *shape: int) -> np.ndarray:
+def normal(dtype: str, *shape: int, sigma: float = 1.0) -> np.ndarray:
     drawn = np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
-    return drawn.astype(jnp.dtype(dtype))
+    return (drawn * np.float32(sigma)).astype(jnp.dtype(dtype))
 
 
 def calls(sizes: Sizes) -> dict[str, Call]:

@@ -34,9 +34,11 @@ def row(name: str, **us: float) -> dict:
 
 
 def result(**changed: object) -> dict:
-    context = {"gather on 2": 56.0, "heads on 2": 60.0, "attention on 2": 50.0}
+    context = {"gather on 2": 56.5, "heads on 2": 60.0, "attention on 2": 50.0}
+    context |= {"gather, captured on 2": 56.0, "heads, captured on 2": 58.0}
     context |= {"gather, in a scan on 2": 57.0}
     context |= {"merge, gather on 2": 7.0, "merge, heads on 2": 9.0}
+    context |= {"merge, gather, captured on 2": 6.0, "merge, heads, captured on 2": 8.0}
     heads = {"on 2": 70.0, "64 heads alone, GPU 0": 66.0}
     entry = {"what": "append", "kind": "Auto", "devices": 2, "passed": 3, "total": 3, "wrong": []}
     made = {
@@ -61,6 +63,7 @@ def test_each_way_is_held_against_one_gpu(load: Callable[[str], ModuleType]) -> 
     assert (round(heads.reached, 3), heads.verdict) == (1.061, "NO")
     context = lines["context/8x131072/h128/s1 on 2: speed-up"]
     assert (round(context.reached, 3), context.verdict) == (1.804, "must")
+    assert context.where == "gather, captured"
 
 
 def test_a_wrong_result_is_told(load: Callable[[str], ModuleType]) -> None:
@@ -68,6 +71,27 @@ def test_a_wrong_result_is_told(load: Callable[[str], ModuleType]) -> None:
     told = load("report").text([result(equality=[wrong])])
     assert "| append | Auto | 2/3 |" in told
     assert "| results over meshes other than one GPU's, of 3 | 0.00 | - | 1.00 | NO |" in told
+
+
+def test_calls_inside_a_loop_are_told_apart(load: Callable[[str], ModuleType]) -> None:
+    call = 'custom-call(%x), custom_call_target="jax_flashmla_schedule"'
+    merge = 'custom-call(%x), custom_call_target="jax_flashmla_merge"'
+    text = "\n".join(
+        [
+            "HloModule jit_run",
+            f"%region_0.1 (p: s32[]) -> s32[] {{\n  %a = {call}\n  %b = {merge}\n}}",
+            f"%other (p: s32[]) -> s32[] {{\n  ROOT %c = {call}\n}}",
+            "ENTRY %main (p: s32[]) -> s32[] {\n  %d = all-gather-start(%x)",
+            "  %w = while(%t), condition=%cond, body=%region_0.1\n}",
+        ]
+    )
+    counts = load("mesh_times").count(text)
+    assert counts == {
+        "all-gather": 1,
+        "jax_flashmla_merge": 1,
+        "jax_flashmla_schedule": 2,
+        "schedules in a loop": 1,
+    }
 
 
 def test_plot_is_drawn(load: Callable[[str], ModuleType], tmp_path: pathlib.Path) -> None:
