@@ -137,10 +137,17 @@ def _equality(entries: Sequence[dict]) -> Table:
         cell[1] += entry["total"]
     columns = sorted({entry["devices"] for entry in entries})
     rows = [
-        (what, ", ".join(kinds[what]), *(_passed(cells.get(n)) for n in columns))
+        (what, _kinds(kinds[what]), *(_passed(cells.get(n)) for n in columns))
         for what, cells in found.items()
     ]
     return ("op", "mesh", *(f"{n} GPU{'s' * (n > 1)}" for n in columns)), rows
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """The kinds of mesh; ways to use shard_map are counted."""
+    mapped = sum(name.startswith("shard_map") for name in names)
+    ways = [f"shard_map in {mapped} ways"] if mapped > 1 else []
+    return ", ".join([x for x in names if not ways or not x.startswith("shard_map")] + ways)
 
 
 def _passed(cell: list[int] | None) -> str:
