@@ -2,6 +2,7 @@
 
     python benchmarks/mesh.py --devices 1,2,4      # results/h200-mesh.json
     python benchmarks/mesh.py --processes 4        # one process per GPU: the same results?
+    python benchmarks/mesh.py --export FOLDER      # on a host without GPU: programs for --exported
     python benchmarks/mesh.py --quick              # tiny shapes, also on CPUs: checks the script
 
 On a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=4. README.md beside this file says how it
