@@ -49,9 +49,21 @@ def card() -> dict[str, str] | None:
     return dict(zip(_CARD.split(","), line.split(", "), strict=True)) if line else None
 
 
+def links() -> str | None:
+    """How the first GPU is linked to the others, such as "X NV18 NV18 NV18"."""
+    lines = _lines("nvidia-smi", "topo", "-m")
+    first = next((line.split() for line in lines if line.startswith("GPU0")), None)
+    kinds = "X", "NV", "P", "SYS", "NODE"
+    return " ".join(x for x in first[1:] if x.startswith(kinds)) if first else None
+
+
 def _first_line(*command: str) -> str | None:
+    return next(iter(_lines(*command)), None)
+
+
+def _lines(*command: str) -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0] if done.stdout else None
+        return []
+    return done.stdout.splitlines()

@@ -1,7 +1,8 @@
 """Tables and verdicts from results: `python benchmarks/report.py [FILE ...]`.
 
-Files may be results of decode.py (several runs of the same rows: medians over them), overhead.py
-and trace_batches.py; without any, all in results/. ``--plot PNG`` draws the decode rows.
+Files may be results of decode.py (several runs of the same rows: medians over them), overhead.py,
+trace_batches.py and mesh.py; without any, all in results/. ``--plot PNG`` draws the decode rows, or
+those of mesh.py where there are only such.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import goals
 import judge
+import mesh_report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 _COLUMNS = (
@@ -82,7 +84,18 @@ def _trace(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
     return tables, goals.trace_lines(shares, balances)
 
 
-_KINDS = {"decode": _decode, "heads": _heads, "overhead": _overhead, "trace": _trace}
+def _mesh(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
+    tables = [_markdown(*table) for result in results for table in mesh_report.tables(result)]
+    return tables, [line for result in results for line in mesh_report.lines(result)]
+
+
+_KINDS = {
+    "decode": _decode,
+    "heads": _heads,
+    "overhead": _overhead,
+    "trace": _trace,
+    "mesh": _mesh,
+}
 
 
 def _medians(results: Sequence[dict]) -> dict:
@@ -180,7 +193,11 @@ def main() -> None:
     if options.plot:
         import plot
 
-        plot.draw([each for each in results if each.get("kind") == "decode"], options.plot)
+        decode = [each for each in results if each.get("kind") == "decode"]
+        if decode:
+            plot.draw(decode, options.plot)
+        else:
+            mesh_report.draw(next(x for x in results if x.get("kind") == "mesh"), options.plot)
 
 
 if __name__ == "__main__":

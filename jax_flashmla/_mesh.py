@@ -20,7 +20,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-from jax_flashmla import _manual_axes
+from jax_flashmla import _auto_export, _manual_axes
 from jax_flashmla._dims import Axes, Dims, Division, text
 
 Arrays = tuple[jax.Array, ...]
@@ -55,7 +55,8 @@ def spread(local: Callable[..., Arrays], dims: Dims, operands: Sequence[jax.Arra
         return _over_explicit_axes(aligned, dims, mesh, operands)
     if manual and not auto:
         return aligned(*operands)
-    return _over_auto_axes(aligned, dims, bool(manual))(*operands)
+    guarded = _auto_export.guard(operands[0]), *operands[1:]
+    return _over_auto_axes(aligned, dims, bool(manual))(*guarded)
 
 
 def compiled(function: Callable[..., Arrays]) -> Callable[..., Arrays]:

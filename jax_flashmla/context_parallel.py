@@ -2,44 +2,31 @@
 
 The pages of each sequence are dealt out to the devices of an axis, page p to device `p % n`
 (`_page_shares` says why), and each device has a pool and a block table of its own pages. All get
-the same queries and the same lengths, attend to what they hold, and merge.
-
-A causal mask cuts the last s_q - 1 keys off in steps. They may lie on several devices, while the
-kernel's mask is aligned to the end of what it reads. So the keys are divided in two:
-
-1. whole pages that every query sees, page p with `64 (p + 1) <= length - (s_q - 1)`: one decode of
-   all queries together, without a mask;
-2. the pages behind them, one or two for up to 66 queries: each query is a request of its own, with
-   its own length.
-
-A length without a mask, or with one query, needs only one decode.
+the same queries and the same lengths, attend to what they hold, and merge. `_context_decode` says
+how a causal mask is kept.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_flashmla import _shapes
+from jax_flashmla import _context_decode, _exchange, _shapes
 from jax_flashmla._api import mla_decode
 from jax_flashmla._dispatch import Implementation
-from jax_flashmla._merge import merge_partials
-from jax_flashmla._page_shares import share, split_block_table, split_seqlens, split_slots
-from jax_flashmla._shapes import PAGE_SIZE
+from jax_flashmla._exchange import Exchange
+from jax_flashmla._page_shares import split_block_table, split_seqlens, split_slots
+from jax_flashmla.schedule import Schedule
 
 __all__ = [
+    "get_schedules",
     "mla_decode_context_parallel",
     "mla_decode_over_mesh",
     "split_block_table",
     "split_seqlens",
     "split_slots",
 ]
-
-Exchange = Literal["gather", "heads"]
-EXCHANGES = ("gather", "heads")
 
 
 def mla_decode_context_parallel(
@@ -53,6 +40,7 @@ def mla_decode_context_parallel(
     softmax_scale: float,
     causal: bool = True,
     exchange: Exchange = "gather",
+    schedules: Sequence[Schedule] | None = None,
     num_sm_parts: int | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +64,10 @@ def mla_decode_context_parallel(
         exchange: how partials are merged. "gather": every device gets all of them, n times a
             result, in one round. "heads": an all-to-all gives each device all partials of its h_q /
             n heads, and the merged heads are gathered: 1/n of the merging and about 2 / n of the
-            traffic, in two rounds. n must divide h_q.
+            traffic, in two rounds. n must divide h_q. On 2 and 4 H200s "gather" is nearly always
+            the faster one.
+        schedules: result of `get_schedules` for these tables and lengths, to share it between
+            layers. None schedules here.
         num_sm_parts: as in `mla_decode`.
         implementation: as in `mla_decode`, for decode and merge.
 
@@ -95,7 +86,7 @@ def mla_decode_context_parallel(
     arrays = _shapes.as_arrays(**dict(zip(names, values, strict=True)))
     shape = _shapes.split_decode_shape(*arrays)
     n = _manual_axis_size(axis_name)
-    _check_exchange(exchange, shape.h_q, n)
+    _exchange.check(exchange, shape.h_q, n)
     options = {
         "softmax_scale": _shapes.check_softmax_scale(softmax_scale),
         "num_sm_parts": num_sm_parts,
@@ -103,15 +94,57 @@ def mla_decode_context_parallel(
     }
     if shape.is_trivial:
         return mla_decode(*arrays, **options)
-    in_steps = _shapes.check_flag("causal", causal) and shape.s_q > 1
-    outs, lses = _partials(*arrays, jax.lax.axis_index(axis_name), n, in_steps, options)
-    if exchange == "heads":
-        outs, lses = (_deal_heads(x, axis_name) for x in (outs, lses))
-        merged = merge_partials(outs, lses, implementation=implementation)
-        out, lse = (_gather(x, axis_name, 2) for x in merged)
-        return out, lse
-    gathered = (_gather(x, axis_name, 0) for x in (outs, lses))
-    return merge_partials(*gathered, implementation=implementation)
+    found = _context_decode.pieces(
+        *arrays[3:], shape.s_q, axis_name=axis_name, causal=_shapes.check_flag("causal", causal)
+    )
+    given = _checked_schedules(schedules, len(found))
+    outs, lses = _context_decode.partials(*arrays[:3], found, given, options)
+    return _exchange.merge_over(
+        outs, lses, axis_name=axis_name, exchange=exchange, implementation=implementation
+    )
+
+
+def get_schedules(
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    axis_name: str,
+    s_q: int,
+    h_q: int,
+    h_kv: int = 1,
+    causal: bool = True,
+    num_sm_parts: int | None = None,
+) -> tuple[Schedule, ...]:
+    """Makes the schedules of `mla_decode_context_parallel`, once per step, for all layers.
+
+    XLA shares the schedules of layers that stand one after the other in a program by itself. It
+    does not move them out of a loop over layers: there, call this before the loop.
+
+    Args:
+        block_table: int32 `[b, max_pages_per_seq]`, this device's.
+        cache_seqlens: int32 `[b]`, tokens of each request on all devices together.
+        axis_name: the mesh axis.
+        s_q: query tokens per request.
+        h_q: query heads of this device.
+        h_kv: KV heads.
+        causal: as in the decode.
+        num_sm_parts: as in `get_mla_metadata`.
+
+    Returns:
+        One schedule, or two of a causal step with several queries.
+
+    Raises:
+        ValueError: a shape or count is wrong; the axis is unknown.
+        TypeError: a dtype is wrong, or a static argument is traced.
+    """
+    table, lengths = _shapes.as_arrays(block_table=block_table, cache_seqlens=cache_seqlens)
+    _shapes.check_shape("block_table", table, (_shapes.check_seqlens(lengths), "max_pages_per_seq"))
+    _shapes.check_dtype("block_table", table, jnp.int32)
+    _manual_axis_size(axis_name)
+    counts = [_shapes.check_count(*x) for x in (("s_q", s_q), ("h_q", h_q), ("h_kv", h_kv))]
+    masked = _shapes.check_flag("causal", causal)
+    found = _context_decode.pieces(table, lengths, s_q, axis_name=axis_name, causal=masked)
+    return _context_decode.schedules(found, *counts, num_sm_parts)
 
 
 def mla_decode_over_mesh(
@@ -216,51 +249,15 @@ def mla_decode_over_mesh(
     return mapped(*placed)
 
 
-def _partials(
-    q_latent: jax.Array,
-    q_rope: jax.Array,
-    kv_cache: jax.Array,
-    block_table: jax.Array,
-    cache_seqlens: jax.Array,
-    device: jax.Array,
-    n: int,
-    in_steps: bool,
-    options: dict,
-) -> tuple[jax.Array, jax.Array]:
-    """Attends to this device's keys: outs `[k, b, s_q, h_q, 512]` and lses, one or two of them."""
-    (b, s_q, *_), width = q_latent.shape, block_table.shape[1]
-    lengths = jnp.clip(cache_seqlens, 0, min(n * width * PAGE_SIZE, np.iinfo(np.int32).max))
-    seen = jnp.maximum(lengths - (s_q - 1), 0) // PAGE_SIZE * PAGE_SIZE if in_steps else lengths
-    held = share(seen, device, n)  # [b], of the keys that all queries see
-    decode = {"causal": False} | options
-    first = mla_decode(q_latent, q_rope, kv_cache, block_table, held, **decode)
-    if not in_steps:
-        return first[0][None], first[1][None]
-
-    # The rest: at most s_q + 62 keys, from a page of this device's table on.
-    pages = -(-(s_q + PAGE_SIZE - 2) // PAGE_SIZE)
-    columns = (held // PAGE_SIZE)[:, None] + jnp.arange(-(-pages // n), dtype=jnp.int32)[None]
-    table = jnp.take_along_axis(block_table, columns, axis=1, mode="fill", fill_value=-1)
-    after = jnp.arange(s_q - 1, -1, -1, dtype=jnp.int32)
-    visible = jnp.maximum(lengths[:, None] - after[None], 0)  # [b, s_q]
-    rest = share(visible, device, n) - held[:, None]
-    queries = (x.reshape(b * s_q, 1, *x.shape[2:]) for x in (q_latent, q_rope))
-    out, lse = mla_decode(
-        *queries, kv_cache, jnp.repeat(table, s_q, axis=0), rest.reshape(-1), **decode
-    )
-    out, lse = out.reshape(first[0].shape), lse.reshape(first[1].shape)
-    return jnp.stack([first[0], out]), jnp.stack([first[1], lse])
-
-
-def _deal_heads(partials: jax.Array, axis_name: str) -> jax.Array:
-    """Gives away `[k, b, s_q, h_q, ...]` for `[n * k, b, s_q, h_q / n, ...]` of all devices."""
-    return jax.lax.all_to_all(partials, axis_name, split_axis=3, concat_axis=0, tiled=True)
-
-
-def _gather(x: jax.Array, axis_name: str, dimension: int) -> jax.Array:
-    """Gathers shards along a dimension; shard_map's check learns that all devices have the same."""
-    to = "invarying" if jax.typeof(x).manual_axis_type.varying else "varying"
-    return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True, to=to)
+def _checked_schedules(given: Sequence[Schedule] | None, count: int) -> Sequence[Schedule | None]:
+    if given is None:
+        return [None] * count
+    if len(given) != count:
+        raise ValueError(
+            f"schedules: got {len(given)}, expected the {count} that get_schedules returns for"
+            " these queries"
+        )
+    return given
 
 
 def _manual_axis_size(axis_name: str) -> int:
@@ -271,15 +268,6 @@ def _manual_axis_size(axis_name: str) -> int:
             " enclosing jax.shard_map maps over"
         )
     return jax.lax.axis_size(axis_name)
-
-
-def _check_exchange(exchange: str, h_q: int, n: int) -> None:
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange: got {exchange!r}, expected one of {list(EXCHANGES)}")
-    if exchange == "heads" and h_q % n:
-        raise ValueError(
-            f"exchange: got 'heads' with {h_q} query heads, expected a multiple of the {n} devices"
-        )
 
 
 def _check_axes(mesh: Mesh | AbstractMesh, named: dict[str, str]) -> None:

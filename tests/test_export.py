@@ -197,6 +197,28 @@ def test_decode_over_explicit_axes() -> None:
         assert_same(jax.jit(exported.call)(*placed), jax.jit(decode)(*placed))
 
 
+def test_over_auto_axes_is_refused_by_name() -> None:
+    mesh = mesh_of(AxisType.Auto)
+    _, specs, arrays = over_requests(mesh)
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+    expected = "export: got jax_flashmla over Auto axes of a mesh of 4 devices, .* jax.shard_map"
+    with pytest.raises(ValueError, match=expected):
+        round_trip(decode, *placed)
+    jax.jit(decode).lower(*placed).compile()  # other programs are not refused
+
+
+def test_beside_manual_axes_an_auto_axis_is_refused_too() -> None:
+    devices = jax.local_devices(backend="cpu")[:4]
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    _, specs, arrays = over_requests(mesh_of(AxisType.Auto))
+    over_a = [P("a") if spec else P() for spec in specs]
+    mapped = jax.shard_map(
+        lambda *x: decode(*x), mesh=mesh, in_specs=tuple(over_a), out_specs=P("a"), axis_names={"a"}
+    )
+    with pytest.raises(ValueError, match="export: got jax_flashmla over Auto axes"):
+        round_trip(mapped, *arrays)
+
+
 def test_the_kept_program_still_runs() -> None:
     kept = export.deserialize(exported_step.PATH.read_bytes())
     assert kept.platforms == exported_step.PLATFORMS

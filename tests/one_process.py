@@ -1,14 +1,15 @@
-"""What each of two processes runs: decode with requests, then with pages, spread over both.
+"""What each of several processes runs: decode with requests, then with pages, spread over all.
 
-    python two_processes.py COORDINATOR PROCESS_ID RESULT.npz
+    python one_process.py COORDINATOR PROCESSES PROCESS RESULT.npz
 
-with LOCAL_DEVICES devices each.
+On CPUs a process has the devices that XLA_FLAGS gives it, on GPUs the one of its number.
 
 Every process builds the whole batch and hands its own devices their shares of it. RESULT.npz gets
 what its devices computed, by the place of each shard, in the order of `PROGRAMS`.
 """
 
 import functools
+import os
 import sys
 
 import context_pools
@@ -21,14 +22,23 @@ import jax_flashmla
 from jax_flashmla import context_parallel
 from jax_flashmla.testing import cases, inputs
 
-PROCESSES, LOCAL_DEVICES = 2, 2
 PROGRAMS = ("requests", "pages")
-SHAPE = cases.Shape(4, 2, 4, pages=5, pool_pages=32, dtype="float32")
+PARTS = 2
+# By platform: portable in float32, the kernels in bfloat16.
+SHAPES = {
+    "cpu": cases.Shape(4, 2, 4, pages=5, pool_pages=32, dtype="float32"),
+    "gpu": cases.Shape(4, 2, 64, pages=5, pool_pages=32),
+}
+
+
+def shape() -> cases.Shape:
+    """That of the platform."""
+    return SHAPES[jax.default_backend()]
 
 
 def data() -> inputs.Inputs:
     """The batch, the same in every process."""
-    return inputs.make_inputs(cases.Case(SHAPE, "around_pages"))
+    return inputs.make_inputs(cases.Case(shape(), "around_pages"))
 
 
 def over_requests(mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
@@ -36,7 +46,7 @@ def over_requests(mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
     rows = P("devices")
     specs = rows, rows, P(), rows, rows
     decode = functools.partial(
-        jax_flashmla.mla_decode, softmax_scale=SHAPE.softmax_scale, num_sm_parts=2
+        jax_flashmla.mla_decode, softmax_scale=shape().softmax_scale, num_sm_parts=PARTS
     )
     mapped = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=rows)
     return jax.jit(mapped)(*_global(mesh, data().arrays(), specs))
@@ -49,8 +59,8 @@ def over_pages(mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
         context_parallel.mla_decode_over_mesh,
         axis_name="devices",
         mesh=mesh,
-        softmax_scale=SHAPE.softmax_scale,
-        num_sm_parts=2,
+        softmax_scale=shape().softmax_scale,
+        num_sm_parts=PARTS,
     )
     operands = context_pools.operands(data(), mesh.size)
     return jax.jit(decode)(*_global(mesh, operands, specs))
@@ -66,13 +76,15 @@ def _global(mesh: jax.sharding.Mesh, arrays: tuple, specs: tuple[P, ...]) -> lis
     return [placed(x, spec) for x, spec in zip(arrays, specs, strict=True)]
 
 
-def main(coordinator: str, process: int, path: str) -> None:
+def main(coordinator: str, processes: int, process: int, path: str) -> None:
     """Runs both programs and writes this process's shards."""
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu"
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator,
-        PROCESSES,
+        processes,
         process,
+        local_device_ids=None if on_cpu else [process],
         initialization_timeout=60,
         cluster_detection_method="deactivate",
     )
@@ -88,4 +100,4 @@ def main(coordinator: str, process: int, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

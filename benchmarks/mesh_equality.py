@@ -1,0 +1,224 @@
+"""Whether the ops over a mesh give what one device gives.
+
+Two comparisons. "bits": each device's part of a result has the bits that one device alone gives for
+that device's part of the operands (the same splits), and results without splits those of the whole
+operands. "float64": a decode is as near to the exact result as the tests ask for.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import context_pools
+import jax
+import jax.numpy as jnp
+import measure
+import mesh_calls
+import numpy as np
+import script
+from jax import P
+from jax.sharding import Mesh, NamedSharding
+
+from jax_flashmla import context_parallel
+from jax_flashmla._exchange import EXCHANGES
+from jax_flashmla.testing import cases, checking, inputs
+
+SIZES = mesh_calls.Sizes(batch=8, heads=64, pages=16, rows=16, dtype="bfloat16")
+CONTEXT = cases.Shape(6, 2, 64, pages=9, pool_pages=64, softmax_scale=mesh_calls.SCALE)
+ON_ALL_MESHES = ("Auto", "Explicit", "shard_map")
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A program over a mesh and what is asked of its results.
+
+    Attributes:
+        what: Names the kind of check in the results.
+        kind: Of the mesh.
+        function: To be compiled.
+        operands: On the mesh.
+        faults: Says what is wrong with results.
+    """
+
+    what: str
+    kind: str
+    function: Callable[..., Arrays]
+    operands: Sequence[jax.Array]
+    faults: Callable[[Arrays], list[str]]
+
+
+def check(devices: Sequence[jax.Device]) -> list[dict]:
+    """Checks every op, sharding and kind of mesh on these devices.
+
+    Returns:
+        One entry per op and kind of mesh: how many checks, how many passed, what was wrong.
+    """
+    checks = [*_ops(devices), *_context(devices)]
+    with concurrent.futures.ThreadPoolExecutor(measure.COMPILE_THREADS) as threads:
+        ready = list(
+            threads.map(lambda x: jax.jit(x.function).lower(*x.operands).compile(), checks)
+        )
+    entries: dict[tuple[str, str], dict] = defaultdict(lambda: {"total": 0, "wrong": []})
+    for each, run in script.progress(
+        zip(checks, ready, strict=True), len(checks), f"checks on {len(devices)}"
+    ):
+        entry = entries[each.what, each.kind]
+        entry["total"] += 1
+        entry["wrong"] += each.faults(run(*each.operands))[:1]
+    return [
+        {
+            "what": what,
+            "kind": kind,
+            "devices": len(devices),
+            "passed": entry["total"] - len(entry["wrong"]),
+            **entry,
+        }
+        for (what, kind), entry in entries.items()
+    ]
+
+
+def _compiled(check: Check) -> jax.stages.Compiled:
+    return jax.jit(check.function).lower(*check.operands).compile()
+
+
+def _ops(devices: Sequence[jax.Device]) -> Iterator[Check]:
+    n = len(devices)
+    shapes = [(n, 1), (1, n)] + ([(2, n // 2)] if n > 2 else [])
+    for shape in shapes:
+        sizes = dataclasses.replace(SIZES, shards=shape[0])
+        both = shape == shapes[-1]
+        for name, call in mesh_calls.calls(sizes).items():
+            if not _divided(call, shape):
+                continue
+            for kind, (axis_type, meet) in mesh_calls.KINDS.items():
+                if kind in ON_ALL_MESHES or both:
+                    mesh = mesh_calls.mesh_of(shape, axis_type, devices)
+                    over = meet(call, mesh)
+                    operands = mesh_calls.placed(over, mesh)
+                    faults = functools.partial(_op_faults, call, operands)
+                    yield Check(name, kind, over.function, operands, faults)
+        for kind in ("Auto", "Explicit") if shape[0] > 1 else ():
+            mesh = mesh_calls.mesh_of(shape, mesh_calls.KINDS[kind][0], devices)
+            lengths = np.resize(np.int32([0, 70, 192, 1, 4000]), 64)
+            call = mesh_calls.Call(mesh_calls.schedule, (lengths,), (P("data"),), (P(), P()))
+            faults = functools.partial(_whole_faults, call)
+            yield Check("schedule", kind, call.function, mesh_calls.placed(call, mesh), faults)
+
+
+def _divided(call: mesh_calls.Call, shape: tuple[int, int]) -> bool:
+    """Whether a mesh of that shape divides any operand."""
+    used = {axis for spec in (*call.specs, *call.out_specs) for axis in spec}
+    return any(size > 1 and axis in used for axis, size in zip(mesh_calls.AXES, shape, strict=True))
+
+
+def _op_faults(call: mesh_calls.Call, operands: Sequence[jax.Array], got: Arrays) -> list[str]:
+    faults = _part_faults(call, operands, got)
+    if call.function in (mesh_calls.decode, mesh_calls.decode_with_schedule):
+        return faults + _decode_faults(call, got)
+    return faults if call.function is mesh_calls.flash else faults + _whole_faults(call, got)
+
+
+def _part_faults(call: mesh_calls.Call, operands: Sequence[jax.Array], got: Arrays) -> list[str]:
+    """Compares each device's part of the results with one device's results for its operands."""
+    one = jax.devices()[0]
+    faults = []
+    for device in got[0].sharding.device_set:
+        alone = _one_device(call.function)(
+            *(jax.device_put(_part(x, device), one) for x in operands)
+        )
+        parts = [_part(x, device) for x in got]
+        if not all(same_bits(x, y) for x, y in zip(parts, alone, strict=True)):
+            faults.append(f"{device}: other bits than one device alone")
+    return faults
+
+
+def _whole_faults(call: mesh_calls.Call, got: Arrays) -> list[str]:
+    whole = _one_device(call.function)(*call.whole())
+    same = all(same_bits(x, y) for x, y in zip(got, whole, strict=True))
+    return [] if same else ["other bits than one device for the whole"]
+
+
+def _decode_faults(call: mesh_calls.Call, got: Arrays) -> list[str]:
+    q_latent, _, pool, table, _ = arrays = call.whole()
+    batch, queries, heads, _ = q_latent.shape
+    shape = cases.Shape(
+        *(batch, queries, heads, pool.shape[2], table.shape[1], len(pool)),
+        softmax_scale=mesh_calls.SCALE,
+    )
+    return judged(got, inputs.Inputs(*map(jnp.asarray, arrays)), shape)
+
+
+def judged(got: Arrays, data: inputs.Inputs, shape: cases.Shape) -> list[str]:
+    """What is wrong with a decode, by the tests' tolerances."""
+    on_one = tuple(jnp.asarray(np.asarray(x)) for x in got)
+    return list(checking.judge(on_one, data, shape).faults)
+
+
+def _context(devices: Sequence[jax.Device]) -> Iterator[Check]:
+    """Context parallelism: under both kinds of mesh and inside a shard_map, by both exchanges."""
+    n = len(devices)
+    for s_q in (1, 2):
+        shape = dataclasses.replace(CONTEXT, s_q=s_q)
+        data = inputs.make_inputs(cases.Case(shape, "around_pages"))
+        operands, faults = context_pools.operands(data, n), _context_faults(data, shape)
+        for kind, (axis_type, _) in list(mesh_calls.KINDS.items())[:3]:
+            mesh = jax.make_mesh((n,), ("context",), axis_types=(axis_type,), devices=devices)
+            specs = P(), P(), P("context"), P("context"), P()
+            placed = [
+                jax.device_put(x, NamedSharding(mesh, spec))
+                for x, spec in zip(operands, specs, strict=True)
+            ]
+            for exchange in EXCHANGES:
+                function = _context_function(kind, mesh, specs, exchange)
+                what = f"context parallel, {exchange}"
+                yield Check(what, kind, function, placed, faults)
+
+
+def _context_function(
+    kind: str, mesh: Mesh, specs: tuple[P, ...], exchange: str
+) -> Callable[..., Arrays]:
+    options = {
+        "axis_name": "context",
+        "softmax_scale": mesh_calls.SCALE,
+        "exchange": exchange,
+    }
+    if kind != "shard_map":
+        over = context_parallel.mla_decode_over_mesh
+        return functools.partial(over, mesh=mesh, **options)
+
+    def local(*arrays: jax.Array) -> Arrays:
+        q_latent, q_rope, pool, tables, lengths = arrays
+        return context_parallel.mla_decode_context_parallel(
+            *(q_latent, q_rope, pool, tables[0], lengths), **options
+        )
+
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+
+
+def _context_faults(data: inputs.Inputs, shape: cases.Shape) -> Callable[[Arrays], list[str]]:
+    def faults(got: Arrays) -> list[str]:
+        found = judged(got, data, shape)
+        for x in got:
+            if not all(same_bits(x.addressable_data(0), y.data) for y in x.addressable_shards):
+                found.append("devices differ in their bits")
+        return found
+
+    return faults
+
+
+@functools.cache
+def _one_device(function: Callable[..., Arrays]) -> Callable[..., Arrays]:
+    return jax.jit(function)
+
+
+def _part(array: jax.Array, device: jax.Device) -> jax.Array:
+    return next(x.data for x in array.addressable_shards if x.device == device)
+
+
+def same_bits(x: jax.Array, y: jax.Array) -> bool:
+    """Whether two arrays are the same, NaN and signs of zeros included."""
+    a, b = np.asarray(x), np.asarray(y)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

@@ -1,0 +1,84 @@
+"""Exchange of partial results over a mesh axis, and their merge."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flashmla._dispatch import Implementation
+from jax_flashmla._merge import merge_partials
+
+Exchange = Literal["gather", "heads"]
+EXCHANGES = ("gather", "heads")
+
+
+def check(exchange: str, h_q: int, n: int) -> None:
+    """Refuses an exchange that is unknown, or heads that n devices cannot share.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange: got {exchange!r}, expected one of {list(EXCHANGES)}")
+    if exchange == "heads" and h_q % n:
+        raise ValueError(
+            f"exchange: got 'heads' with {h_q} query heads, expected a multiple of the {n} devices"
+        )
+
+
+def merge_over(
+    outs: jax.Array,
+    lses: jax.Array,
+    *,
+    axis_name: str,
+    exchange: Exchange,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges the partial results of all devices of an axis, inside `jax.shard_map`.
+
+    Args:
+        outs: `[k, b, s_q, h_q, 512]`, the k partials of this device.
+        lses: float32 `[k, b, s_q, h_q]`.
+        axis_name: the mesh axis.
+        exchange: as in `context_parallel.mla_decode_context_parallel`.
+        implementation: of the merge.
+
+    Returns:
+        out `[b, s_q, h_q, 512]` and lse `[b, s_q, h_q]`, the same bits on all devices.
+    """
+    if exchange == "heads":
+        outs, lses = _unpacked(_deal_heads(_packed(outs, lses), axis_name), outs.dtype)
+        merged = merge_partials(outs, lses, implementation=implementation)
+        out, lse = (_gather(x, axis_name, 2) for x in merged)
+        return out, lse
+    gathered = (_gather(x, axis_name, 0) for x in (outs, lses))
+    return merge_partials(*gathered, implementation=implementation)
+
+
+def _packed(outs: jax.Array, lses: jax.Array) -> jax.Array:
+    """Puts both into one array of words, uint32 `[..., d * itemsize / 4 + 1]`, to travel as one.
+
+    Numbers of another type would not do: what a float's half looks like may be changed on the way.
+    """
+    if outs.dtype.itemsize == 2:
+        outs = outs.reshape(*outs.shape[:-1], -1, 2)
+    words = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in (outs, lses[..., None])]
+    return jnp.concatenate(words, axis=-1)
+
+
+def _unpacked(packed: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    outs = jax.lax.bitcast_convert_type(packed[..., :-1], dtype)  # [..., words(, halves)]
+    lses = jax.lax.bitcast_convert_type(packed[..., -1], jnp.float32)
+    return outs.reshape(*lses.shape, -1), lses
+
+
+def _deal_heads(partials: jax.Array, axis_name: str) -> jax.Array:
+    """Gives away `[k, b, s_q, h_q, words]` for `[n * k, b, s_q, h_q / n, words]` of all devices."""
+    return jax.lax.all_to_all(partials, axis_name, split_axis=3, concat_axis=0, tiled=True)
+
+
+def _gather(x: jax.Array, axis_name: str, dimension: int) -> jax.Array:
+    """Gathers shards along a dimension; shard_map's check learns that all devices have the same."""
+    to = "invarying" if jax.typeof(x).manual_axis_type.varying else "varying"
+    return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True, to=to)
