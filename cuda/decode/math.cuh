@@ -167,8 +167,8 @@ class Math {
           storage_.reference[kHalf][fragment_row(which)] = softmax_.reference[which];
         }
       }
-      storage_.reference_moved[kHalf][own_warp()] = own.any;
     }
+    if (threadIdx.x % 32 == 0) storage_.reference_moved[kHalf][own_warp()] = own.any;
     __syncwarp();
     if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[kHalf]);
   }
@@ -177,7 +177,8 @@ class Math {
   __device__ __forceinline__ Rescaling hear_weights() {
     sm90::barrier_wait(barriers_.weights_ready[kOther], other_parity_);
     other_parity_ ^= 1;
-    Rescaling others = {__any_sync(~0u, storage_.reference_moved[kOther][own_warp()]) != 0};
+    const bool moved = speaks_for_rows() && storage_.reference_moved[kOther][own_warp()];
+    Rescaling others = {__any_sync(~0u, moved) != 0};
     if (others.any) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
