@@ -49,6 +49,7 @@ def add_barriers(m: Machine) -> None:
     for half in (LEFT, RIGHT):
         m.add_barrier("weights_ready", half, arrivals=CONSTANTS["weights_ready_arrivals"])
         m.add_barrier("own_warps", half, arrivals=len(WARPS))
+    m.add_barrier("odd_product", arrivals=2 * len(WARPS))
     for name in ("query_full", "query_empty", "sums_ready"):
         m.add_barrier(name, arrivals=CONSTANTS[f"{name}_arrivals"])
 

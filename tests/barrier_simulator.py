@@ -94,6 +94,7 @@ class MathWarp:
         self.sums = 0  # items with pages that passed
         self.count = 0  # pages that passed
         self.own_meetings = 0  # of the half's warps
+        self.odd_products = 0  # of the left half, that the right one waited for
         self.others_pages = 0
         self.reading: list[Region] = []  # by WGMMA
 
@@ -141,6 +142,7 @@ class MathWarp:
         yield from self.hear_weights(odd)
         yield from self.issue_other_values(odd, self.odd_weights(odd), tail)  # [7]
         yield from self.finish_values()
+        yield from self.m.arrive("odd_product")
         yield from self.release((odd, LEFT), (odd, ROPE))
 
     def right_pair(self, item: Item, page: int) -> Step:
@@ -159,6 +161,9 @@ class MathWarp:
             if odd % 3 == 0:  # the references have moved
                 yield from self.store_weights(odd, self.odd_weights(odd))
             yield from self.publish_weights(odd)
+            yield from self.m.arrive("odd_product")
+            yield from self.m.wait("odd_product", phase=self.odd_products)
+            self.odd_products += 1
         even_tail = item.tail and not has_odd
         yield from self.issue_other_values(even, self.even_weights(), even_tail)  # [6]
         yield from self.finish_values()

@@ -58,6 +58,7 @@ class Math {
       const Rescaling others = hear_weights();
       issue_other_values(others, odd_weights(odd), odd);  // [7]
       finish_values();
+      sm90::named_barrier_arrive(kOddProductDone, 2 * kWarpgroup);
       release(barriers_.page_empty[odd.slot()][kLeft], barriers_.page_empty[odd.slot()][kRope]);
     }
   }
@@ -82,6 +83,8 @@ class Math {
         own = settle(item, page + 1, odd, moves || others.any);
         if (own.any) store_weights(odd_weights(odd));
         publish_weights(own);
+        // [7] has the tensor cores to itself: what waits for it is the next scores of both halves.
+        sm90::named_barrier_sync(kOddProductDone, 2 * kWarpgroup);
       }
       issue_other_values(others, storage_.even_weights, even);  // [6]
       finish_values();

@@ -28,7 +28,8 @@ inline constexpr int kSumsReadyArrivals = 2 * kWeightsReadyArrivals;
 
 // Named barriers between math warps; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
-  kOwnWarps = 1,  // + Half: a half's four warps, to zero rows behind the last key
+  kOwnWarps = 1,        // + Half: a half's four warps, to zero rows behind the last key
+  kOddProductDone = 3,  // left half's arrival, right half's wait: [7] before [6]
 };
 
 struct Storage {
