@@ -57,6 +57,7 @@ class Math {
       if (!has_odd) break;
       const Rescaling others = hear_weights();
       issue_other_values(others, odd_weights(odd), odd);  // [7]
+      look_for({even.count + 2});
       finish_values();
       sm90::named_barrier_arrive(kOddProductDone, 2 * kWarpgroup);
       release(barriers_.page_empty[odd.slot()][kLeft], barriers_.page_empty[odd.slot()][kRope]);
@@ -91,16 +92,25 @@ class Math {
       release(barriers_.page_empty[even.slot()][kRight]);
       if (!has_odd) break;
       issue_own_values(own, odd);  // [8]
+      look_for({odd.count + 2});
       finish_values();
       release(barriers_.page_empty[odd.slot()][kRight]);
     }
   }
 
   __device__ __forceinline__ void begin_item() {
+    page_began_ = false;
     softmax_ = Softmax();
 #pragma unroll
     for (float& value : out_) value = 0.f;
     sm90::random_delay(a_.params.delay_seed);
+  }
+
+  // Looks, while products run, whether this half's next page has begun to arrive: then its scores
+  // begin without a wait.
+  __device__ __forceinline__ void look_for(PagePosition next) {
+    sm90::Barrier& first = barriers_.page_full[next.slot()][0];
+    page_began_ = __all_sync(~0u, sm90::barrier_test(first, next.parity()));
   }
 
   // S = Q Kᵀ of a page, as its boxes arrive.
@@ -113,10 +123,13 @@ class Math {
     sm90::pin_registers(scores_);
 #pragma unroll
     for (int box = 0; box < kPageBoxes; ++box) {
-      sm90::barrier_wait(barriers_.page_full[slot][box], position.parity());
+      if (box > 0 || !page_began_) {
+        sm90::barrier_wait(barriers_.page_full[slot][box], position.parity());
+      }
       sm90::wgmma_fence();
       add_scores<T, kSerial>(scores_, query, page, box_tiles(box));
     }
+    page_began_ = false;
     sm90::wgmma_commit();
     sm90::wgmma_wait<0>();
     sm90::pin_registers(scores_);
@@ -307,6 +320,7 @@ class Math {
   uint32_t item_parity_ = 0;   // of query_full, the assignment and row_sum
   uint32_t sums_parity_ = 0;   // of sums_ready: once per item with pages
   uint32_t other_parity_ = 0;  // of the other half's weights_ready
+  bool page_began_ = false;
   Softmax softmax_;
   float scores_[32];
   float out_[128];

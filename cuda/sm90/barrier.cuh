@@ -59,6 +59,21 @@ __device__ __forceinline__ bool barrier_try_wait(Barrier& barrier, uint32_t pari
   return done != 0;
 }
 
+// Whether the phase of this parity has completed.
+__device__ __forceinline__ bool barrier_test(Barrier& barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(shared_address(&barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Returns once the phase of this parity has completed. A fresh barrier counts its (imaginary)
 // phase of parity 1 as complete.
 __device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) {
