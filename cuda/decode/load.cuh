@@ -35,6 +35,13 @@ class PageIds {
     return __shfl_sync(~0u, held_, index);
   }
 
+  // A later page, likewise, or -1 where it is not among those that are held after get(page).
+  __device__ __forceinline__ int look(int page, int ahead) const {
+    const int index = (page - begin_) % 32 + ahead;
+    const int id = __shfl_sync(~0u, held_, index % 32);
+    return index < 32 ? id : -1;
+  }
+
  private:
   __device__ __forceinline__ void read(int page) {
     const int mine = page + static_cast<int>(threadIdx.x % 32);
@@ -68,6 +75,18 @@ __device__ __forceinline__ void request_page(Storage& storage, const Arguments& 
   }
 }
 
+// Brings a later page to L2, where several row tiles read it; each asks for some of the boxes. In
+// the first pages of an item that saves waiting, in the long run it costs power.
+inline constexpr int kPrefetchedPages = 16;
+__device__ __forceinline__ void prefetch_page(const Arguments& a, const BlockPlace& place,
+                                              int page_id) {
+  if (a.row_tiles == 1 || page_id < 0) return;
+  for (int box = place.first_row / kRowTile; box < kPageBoxes; box += a.row_tiles) {
+    sm90::tma_prefetch_4d(part_of(box) == kRope ? a.rope_map : a.latent_map, 0, 0,
+                          place.kv_head * kQkTiles + box_tiles(box).begin, page_id);
+  }
+}
+
 __device__ __forceinline__ void stream_pages(Storage& storage, const Arguments& a,
                                              const BlockPlace& place) {
   const bool elected = threadIdx.x % 32 == 0;
@@ -80,7 +99,14 @@ __device__ __forceinline__ void stream_pages(Storage& storage, const Arguments& 
     for (int page = item.begin_page; page < item.end_page; ++page, ++position.count) {
       const int page_id = ids.get(page);
       sm90::random_delay(a.params.delay_seed);
-      if (elected) request_page(storage, a, position, place.kv_head, page_id);
+      const int later_id = ids.look(page, kPageSlots);
+      if (elected) {
+        request_page(storage, a, position, place.kv_head, page_id);
+        const int later = page + kPageSlots;
+        if (later < item.end_page && later < item.begin_page + kPrefetchedPages) {
+          prefetch_page(a, place, later_id);
+        }
+      }
       __syncwarp();
     }
   }
