@@ -15,8 +15,7 @@ add_library(flashmla_kernels SHARED cuda/compare/library.cc)
 target_include_directories(flashmla_kernels SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(flashmla_kernels PRIVATE kernels)
 target_link_options(flashmla_kernels PRIVATE -Wl,--exclude-libs,ALL)
-add_executable(flashmla_compare cuda/compare/compare.cc
+add_executable(flashmla_compare cuda/compare/compare.cu
   cuda/runner/options.cc cuda/runner/problem.cc cuda/runner/replay.cc cuda/runner/workload.cc)
 target_include_directories(flashmla_compare SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(flashmla_compare PRIVATE ${CMAKE_DL_LIBS})
-set_target_properties(flashmla_compare PROPERTIES LINKER_LANGUAGE CUDA)
