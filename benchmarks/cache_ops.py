@@ -12,7 +12,6 @@ device-to-device copies reach there; XLA's negation of 2 GB, timed in the same r
 
 import argparse
 import dataclasses
-import fnmatch
 import math
 import pathlib
 import statistics
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import script
+import workload
 from measure import QUICK
 
 from jax_flashmla import cache, merge_partials
@@ -161,8 +161,7 @@ def _wall_seconds(call: Call, named: str) -> float:
 
 
 def _matching(patterns: str) -> list[Row]:
-    wanted = patterns.split(",")
-    return [row for row in ROWS if any(fnmatch.fnmatch(row.name, each) for each in wanted)]
+    return [row for row in ROWS if workload.matches(row.name, patterns)]
 
 
 def _line(entry: dict[str, object]) -> str:

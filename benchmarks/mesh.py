@@ -10,7 +10,6 @@ measures, report.py what it means.
 """
 
 import argparse
-import fnmatch
 import pathlib
 import sys
 
@@ -24,6 +23,7 @@ import mesh_processes
 import mesh_times
 import report
 import script
+import workload
 from mesh_workload import SPREADS, Spread
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "h200-mesh.json"
@@ -72,8 +72,7 @@ def main() -> None:
 
 
 def _matching(patterns: str) -> list[Spread]:
-    wanted = patterns.split(",")
-    return [x for x in SPREADS if any(fnmatch.fnmatch(x.name, pattern) for pattern in wanted)]
+    return [x for x in SPREADS if workload.matches(x.name, patterns)]
 
 
 def _numbers(text: str) -> list[int]:

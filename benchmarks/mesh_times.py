@@ -13,6 +13,7 @@ import lanes
 import measure
 import mesh_workload
 import script
+import workload
 from mesh_workload import Pools, Program, Spread
 
 COLLECTIVE = re.compile(
@@ -46,7 +47,9 @@ def measure_rows(
         quick: Short turns of short chains.
         done: Gets the entry of each row.
     """
-    pools = Pools(jax.devices()[: max(counts)], mesh_workload.most_pages(spreads))
+    pools = Pools(
+        jax.devices()[: max(counts)], workload.most_pages(spread.row for spread in spreads)
+    )
     begin = time.perf_counter()
     rows = {spread: list(mesh_workload.programs(spread, pools, counts)) for spread in spreads}
     if quick:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 from jax.sharding import AxisType, Mesh, NamedSharding
-from workload import PAGE_SIZE, Q_LATENT_STD, Q_ROPE_STD, SOFTMAX_SCALE, Row
+from workload import PAGE_SIZE, SOFTMAX_SCALE, Row, deal_tables, random_latent, random_rope
 
 from jax_flashmla import _exchange, context_parallel, mla_decode
 
@@ -108,11 +108,6 @@ class Pools:
         return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def most_pages(spreads: Sequence[Spread]) -> int:
-    """Pages of the KV sets of the row that has most."""
-    return max(spread.row.sets * int(spread.row.pages.sum()) for spread in spreads)
-
-
 def programs(spread: Spread, pools: Pools, counts: Sequence[int]) -> Iterator[Program]:
     """All programs of a row: each GPU alone, then on so many GPUs together as ``counts`` say."""
     devices, row = list(pools.parts), spread.row
@@ -136,9 +131,11 @@ def programs(spread: Spread, pools: Pools, counts: Sequence[int]) -> Iterator[Pr
 def alone(name: str, row: Row, pools: Pools, device: jax.Device) -> Program:
     """The plain op on one device."""
     rng, put = np.random.default_rng(1), functools.partial(jax.device_put, device=device)
-    tables = tuple(put(x) for x in _tables(rng, row, pools.pages, row.pages))
-    rest = put(_rope(rng, row)), pools.parts[device], put(row.lengths)
-    return Program(name, _decode, put(_latent(rng, row)), rest, tables, contenders.OURS.calls(row))
+    tables = tuple(put(x) for x in deal_tables(rng, pools.pages, row.pages, row.sets))
+    rest = put(random_rope(rng, row)), pools.parts[device], put(row.lengths)
+    return Program(
+        name, _decode, put(random_latent(rng, row)), rest, tables, contenders.OURS.calls(row)
+    )
 
 
 def over_requests(
@@ -148,19 +145,19 @@ def over_requests(
     rng, put = np.random.default_rng(1), functools.partial(_put, mesh)
     n, local = mesh.size, dataclasses.replace(row, batch=row.batch // mesh.size)
     pages = -(-lengths.reshape(n, -1).max(axis=0) // PAGE_SIZE)  # of the fullest device
-    sets = [np.tile(table, (n, 1)) for table in _tables(rng, local, pools.pages, pages)]
-    rest = put(_rope(rng, row), AXIS), pools.over(mesh, P(AXIS)), put(lengths, AXIS)
+    sets = [np.tile(table, (n, 1)) for table in deal_tables(rng, pools.pages, pages, local.sets)]
+    rest = put(random_rope(rng, row), AXIS), pools.over(mesh, P(AXIS)), put(lengths, AXIS)
     tables = tuple(put(x, AXIS) for x in sets)
     calls = calls or contenders.OURS.calls(local)
-    return Program(name, _decode, put(_latent(rng, row), AXIS), rest, tables, calls)
+    return Program(name, _decode, put(random_latent(rng, row), AXIS), rest, tables, calls)
 
 
 def over_heads(name: str, row: Row, pools: Pools, mesh: Mesh) -> Program:
     """Query heads sharded, the pool whole on every device."""
     rng, put = np.random.default_rng(1), functools.partial(_put, mesh)
-    tables = tuple(put(x) for x in _tables(rng, row, pools.pages, row.pages))
-    rest = put(_rope(rng, row), None, None, AXIS), pools.over(mesh, P()), put(row.lengths)
-    state = put(_latent(rng, row), None, None, AXIS)
+    tables = tuple(put(x) for x in deal_tables(rng, pools.pages, row.pages, row.sets))
+    rest = put(random_rope(rng, row), None, None, AXIS), pools.over(mesh, P()), put(row.lengths)
+    state = put(random_latent(rng, row), None, None, AXIS)
     return Program(name, _decode, state, rest, tables, contenders.OURS.calls(row))
 
 
@@ -173,11 +170,11 @@ def over_context(row: Row, pools: Pools, mesh: Mesh) -> Iterator[Program]:
     rng, put, n = np.random.default_rng(1), functools.partial(_put, mesh), mesh.size
     shares = context_parallel.split_seqlens(row.lengths, n)  # [n, b]
     pages = -(-shares.max(axis=0) // PAGE_SIZE)
-    local = _tables(rng, row, pools.pages, pages, sets=row.sets)
+    local = deal_tables(rng, pools.pages, pages, row.sets)
     tables = tuple(put(np.tile(table, (n, 1, 1)), AXIS) for table in local)
     calls = max(SHARED_CALLS, contenders.OURS.calls(row))
-    rest = put(_rope(rng, row)), pools.over(mesh, P(AXIS)), put(row.lengths)
-    latent = _latent(rng, row)
+    rest = put(random_rope(rng, row)), pools.over(mesh, P(AXIS)), put(row.lengths)
+    latent = random_latent(rng, row)
     for exchange in _exchange.EXCHANGES:
         attend = functools.partial(_over_context, mesh=mesh, exchange=exchange)
         whole = Program(f"{exchange} on {n}", attend, put(latent), rest, tables, calls)
@@ -243,25 +240,3 @@ def _put(mesh: Mesh, array: np.ndarray, *spec: str | None) -> jax.Array:
         array = array.astype(np.float32)
     full = P(*spec, *[None] * (array.ndim - len(spec)))
     return jax.device_put(array, NamedSharding(mesh, full))
-
-
-def _latent(rng: np.random.Generator, row: Row) -> np.ndarray:
-    values = rng.standard_normal((*many_rows(row), 512), np.float32)
-    return (values * np.float32(Q_LATENT_STD)).astype(jnp.bfloat16)
-
-
-def _rope(rng: np.random.Generator, row: Row) -> np.ndarray:
-    values = rng.standard_normal((*many_rows(row), 64), np.float32)
-    return (values * np.float32(Q_ROPE_STD)).astype(jnp.bfloat16)
-
-
-def _tables(
-    rng: np.random.Generator, row: Row, num_pages: int, pages: np.ndarray, sets: int | None = None
-) -> Iterator[np.ndarray]:
-    """Disjoint shuffled block tables int32 [b, width] with so many pages for each request."""
-    order, total = rng.permutation(num_pages).astype(np.int32), int(pages.sum())
-    valid = np.arange(pages.max()) < pages[:, None]
-    for i in range(sets or row.sets):
-        table = np.full(valid.shape, -1, np.int32)
-        table[valid] = order[i * total : (i + 1) * total]
-        yield table

@@ -1,13 +1,13 @@
 """A stack of MLA layers, as a model has them: shapes, rows, weights, pool, one decode step."""
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import workload
 from contenders import gather_einsum
 
 from jax_flashmla import cache, mla
@@ -123,7 +123,7 @@ def load_rows(patterns: str = "*") -> list[Row]:
         for seqlen in (4096, 32768)
         for batch in (1, 32, 128)
     ]
-    return [row for row in rows if any(fnmatch.fnmatch(row.name, x) for x in patterns.split(","))]
+    return [row for row in rows if workload.matches(row.name, patterns)]
 
 
 class Layer(NamedTuple):

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +83,17 @@ class Row:
 
     def matches(self, patterns: str) -> bool:
         """Whether the name matches one of the comma-separated patterns."""
-        return any(fnmatch.fnmatch(self.name, pattern) for pattern in patterns.split(","))
+        return matches(self.name, patterns)
 
     def shrunk(self) -> "Row":
         """The same row small enough for a CPU; no peer has a time for it."""
         seqlen = min(self.seqlen, 130) if isinstance(self.seqlen, int) else "var96"
         return Row(min(self.h_q, 4), self.s_q, min(self.batch, 3), seqlen)
+
+
+def matches(name: str, patterns: str) -> bool:
+    """Whether a name matches one of the comma-separated patterns."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns.split(","))
 
 
 def load_rows(patterns: str = "*") -> list[Row]:
@@ -112,10 +117,14 @@ def load_head_rows(patterns: str = "*") -> list[Row]:
     return [row for row in rows if row.matches(patterns)]
 
 
+def most_pages(rows: Iterable[Row]) -> int:
+    """Pages of the KV sets of the row that has most."""
+    return max(row.sets * int(row.pages.sum()) for row in rows)
+
+
 def make_pool(rows: Sequence[Row]) -> jax.Array:
     """A pool of random pages, [num_pages, page_size, 1, head_dim_qk], that all rows take from."""
-    num_pages = max(row.sets * int(row.pages.sum()) for row in rows)
-    shape = (num_pages, PAGE_SIZE, 1, HEAD_DIM_QK)
+    shape = (most_pages(rows), PAGE_SIZE, 1, HEAD_DIM_QK)
     return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape).astype(jnp.bfloat16))()
 
 
@@ -133,25 +142,35 @@ class Inputs:
 def make_inputs(row: Row, num_pages: int) -> Inputs:
     """Random queries and disjoint shuffled block tables into a pool of ``num_pages``."""
     rng = np.random.default_rng(1)
-    total = int(row.pages.sum())
-    order = rng.permutation(num_pages).astype(np.int32)
-    valid = np.arange(row.pages.max()) < row.pages[:, None]
-    tables = []
-    for i in range(row.sets):
-        table = np.full(valid.shape, -1, np.int32)
-        table[valid] = order[i * total : (i + 1) * total]
-        tables.append(jnp.asarray(table))
-
-    def query(width: int, std: float) -> jax.Array:
-        values = rng.standard_normal((row.batch, row.s_q, row.h_q, width), np.float32)
-        return jnp.asarray((values * std).astype(jnp.bfloat16))
-
+    tables = tuple(map(jnp.asarray, deal_tables(rng, num_pages, row.pages, row.sets)))
     lengths = jnp.asarray(row.lengths)
     schedule = get_mla_metadata(lengths, row.s_q * row.h_q, 1)
-    return Inputs(
-        query(HEAD_DIM_V, Q_LATENT_STD),
-        query(HEAD_DIM_QK - HEAD_DIM_V, Q_ROPE_STD),
-        tuple(tables),
-        lengths,
-        schedule,
-    )
+    latent, rope = (jnp.asarray(draw(rng, row)) for draw in (random_latent, random_rope))
+    return Inputs(latent, rope, tables, lengths, schedule)
+
+
+def deal_tables(
+    rng: np.random.Generator, num_pages: int, pages: np.ndarray, sets: int
+) -> Iterator[np.ndarray]:
+    """Disjoint shuffled block tables int32 [b, width] with so many pages for each request."""
+    order, total = rng.permutation(num_pages).astype(np.int32), int(pages.sum())
+    valid = np.arange(pages.max()) < pages[:, None]
+    for i in range(sets):
+        table = np.full(valid.shape, -1, np.int32)
+        table[valid] = order[i * total : (i + 1) * total]
+        yield table
+
+
+def random_latent(rng: np.random.Generator, row: Row) -> np.ndarray:
+    """Random `q_latent` of a row's first call."""
+    return _random_query(rng, row, HEAD_DIM_V, Q_LATENT_STD)
+
+
+def random_rope(rng: np.random.Generator, row: Row) -> np.ndarray:
+    """Random `q_rope` of all calls of a row."""
+    return _random_query(rng, row, HEAD_DIM_QK - HEAD_DIM_V, Q_ROPE_STD)
+
+
+def _random_query(rng: np.random.Generator, row: Row, width: int, std: float) -> np.ndarray:
+    values = rng.standard_normal((row.batch, row.s_q, row.h_q, width), np.float32)
+    return (values * std).astype(jnp.bfloat16)
