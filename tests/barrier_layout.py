@@ -8,9 +8,9 @@ from barrier_machine import Machine, Region
 CONSTANTS = {
     "page_slots": 2,
     "page_parts": 3,
-    "left_bytes": 32768,
-    "right_bytes": 32768,
-    "rope_bytes": 8192,
+    "page_boxes": 5,
+    "latent_box_bytes": 16384,
+    "rope_box_bytes": 8192,
     "query_bytes": 73728,
     "warps_per_half": 4,
     "query_loader_warps": 3,
@@ -22,13 +22,13 @@ CONSTANTS = {
     "sums_ready_arrivals": 64,
     "row_sum_buffers": 2,
     "assignment_buffers": 2,
-    "barrier_count": 17,
+    "barrier_count": 21,
 }
 SLOTS = range(CONSTANTS["page_slots"])
 WARPS = range(CONSTANTS["warps_per_half"])
 LOADERS = range(CONSTANTS["query_loader_warps"])
 LEFT, RIGHT, ROPE = PARTS = range(CONSTANTS["page_parts"])
-BYTES = [CONSTANTS[f"{part}_bytes"] for part in ("left", "right", "rope")]
+BOXES = {LEFT: (0, 1), RIGHT: (2, 3), ROPE: (4,)}  # what brings a part
 SPEAKING_LANES = 8  # of a warp: one for each pair of rows
 
 
@@ -42,8 +42,9 @@ class Item:
 
 def add_barriers(m: Machine) -> None:
     for slot in SLOTS:
+        for box in range(CONSTANTS["page_boxes"]):
+            m.add_barrier("page_full", slot, box, arrivals=CONSTANTS["page_full_arrivals"])
         for part in PARTS:
-            m.add_barrier("page_full", slot, part, arrivals=CONSTANTS["page_full_arrivals"])
             m.add_barrier("page_empty", slot, part, arrivals=CONSTANTS["page_empty_arrivals"])
     for half in (LEFT, RIGHT):
         m.add_barrier("weights_ready", half, arrivals=CONSTANTS["weights_ready_arrivals"])
@@ -58,11 +59,17 @@ def item_region(m: Machine, name: str, item: int, *key: int) -> Region:
     return m.region(name, item % buffers, *key)
 
 
-def part_regions(m: Machine, slot: int, part: int) -> list[Region]:
-    """A page part; the rope tile by blocks of 16 rows, since each warp replaces its own by P."""
-    return [m.region("rope", slot, w) for w in WARPS] if part == ROPE else [m.region(slot, part)]
+def box_bytes(box: int) -> int:
+    return CONSTANTS["rope_box_bytes" if box in BOXES[ROPE] else "latent_box_bytes"]
 
 
-def tail_regions(m: Machine, slot: int, part: int) -> list[Region]:
+def box_regions(m: Machine, slot: int, box: int) -> list[Region]:
+    """A box of a page; the rope tile by blocks of 16 rows, since each warp writes its P there."""
+    if box in BOXES[ROPE]:
+        return [m.region("rope", slot, w) for w in WARPS]
+    return [m.region(slot, box)]
+
+
+def tail_regions(m: Machine, slot: int, box: int) -> list[Region]:
     """The rows behind a page's last key, as far as each warp zeroes them."""
-    return [] if part == ROPE else [m.region("tail", slot, part, w) for w in WARPS]
+    return [] if box in BOXES[ROPE] else [m.region("tail", slot, box, w) for w in WARPS]

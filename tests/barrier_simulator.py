@@ -8,7 +8,7 @@ four independent reads, which allows more than the hardware does.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from barrier_layout import (
-    BYTES,
+    BOXES,
     CONSTANTS,
     LEFT,
     LOADERS,
@@ -20,8 +20,9 @@ from barrier_layout import (
     WARPS,
     Item,
     add_barriers,
+    box_bytes,
+    box_regions,
     item_region,
-    part_regions,
     tail_regions,
 )
 from barrier_machine import NO_FAULTS, Faults, Machine, Region, Step
@@ -31,12 +32,16 @@ def stream_pages(m: Machine, items: list[Item], order: Sequence[int]) -> Step:
     for n in range(sum(item.pages for item in items)):
         slot, use = n % len(SLOTS), n // len(SLOTS)
         for part in order:
-            full = ("page_full", slot, part)
             yield from m.wait("page_empty", slot, part, phase=use - 1)
-            m.barriers[full].arrive(expected_bytes=BYTES[part])
-            regions = part_regions(m, slot, part) + tail_regions(m, slot, part)
-            m.copy(regions, ("page", n), full, BYTES[part])
-            yield
+            for box in BOXES[part]:
+                yield from request_box(m, slot, box, ("page", n))
+
+
+def request_box(m: Machine, slot: int, box: int, tag: tuple[str, int]) -> Step:
+    full, size = ("page_full", slot, box), box_bytes(box)
+    m.barriers[full].arrive(expected_bytes=size)
+    m.copy(box_regions(m, slot, box) + tail_regions(m, slot, box), tag, full, size)
+    yield
 
 
 def load_queries(m: Machine, items: list[Item], loader: int) -> Step:
@@ -119,22 +124,24 @@ class MathWarp:
 
     def left_pair(self, item: Item, page: int) -> Step:
         even, odd = self.count, self.count + 1
+        has_odd = page + 1 < item.pages
         yield from self.compute_scores(even)  # [1]
-        yield from self.release(even, ROPE)
+        yield from self.release((even, ROPE))
         yield from self.release_query(item, page)
-        tail = item.tail and page + 1 == item.pages
-        yield from self.weigh(even, tail)  # [3]
+        tail = item.tail and not has_odd
+        yield from self.settle(even, tail)  # [3]
+        yield from self.store_weights(even, self.even_weights())
         yield from self.publish_weights(even)
-        yield from self.issue_own_values(even, tail)  # [4]
+        yield from self.issue_values(even, tail)  # [4]
         yield from self.finish_values()
-        yield from self.release(even, LEFT)
-        if page + 1 == item.pages:
+        yield from self.release((even, LEFT))
+        if not has_odd:
             return
         tail = item.tail and page + 2 == item.pages
-        yield from self.issue_other_values(odd, tail)  # [7]
+        yield from self.hear_weights(odd)
+        yield from self.issue_other_values(odd, self.odd_weights(odd), tail)  # [7]
         yield from self.finish_values()
-        yield from self.release(odd, LEFT)
-        yield from self.release(odd, ROPE)
+        yield from self.release((odd, LEFT), (odd, ROPE))
 
     def right_pair(self, item: Item, page: int) -> Step:
         even, odd = self.count, self.count + 1
@@ -143,17 +150,24 @@ class MathWarp:
         if has_odd:
             yield from self.compute_scores(odd)  # [2]
         yield from self.release_query(item, page)
-        yield from self.issue_other_values(even, item.tail and not has_odd)  # [5]
         if has_odd:
-            yield from self.weigh(odd, tail)  # [6]
+            yield from self.meet_own_warps()
+            yield from self.store_weights(odd, self.odd_weights(odd))  # [5]
+        yield from self.hear_weights(even)
+        if has_odd:
+            yield from self.settle(odd, tail)
+            if odd % 3 == 0:  # the references have moved
+                yield from self.store_weights(odd, self.odd_weights(odd))
+            yield from self.publish_weights(odd)
+        even_tail = item.tail and not has_odd
+        yield from self.issue_other_values(even, self.even_weights(), even_tail)  # [6]
         yield from self.finish_values()
-        yield from self.release(even, RIGHT)
+        yield from self.release((even, RIGHT))
         if not has_odd:
             return
-        yield from self.publish_weights(odd)
-        yield from self.issue_own_values(odd, tail)  # [8]
+        yield from self.issue_values(odd, tail)  # [8]
         yield from self.finish_values()
-        yield from self.release(odd, RIGHT)
+        yield from self.release((odd, RIGHT))
 
     def release_query(self, item: Item, page: int) -> Step:
         if page + 2 >= item.pages:
@@ -162,61 +176,65 @@ class MathWarp:
     def compute_scores(self, n: int) -> Step:
         slot, use = n % len(SLOTS), n // len(SLOTS)
         reading: list[Region] = []  # the other batch of WGMMA may still run
-        for part in PARTS:
-            yield from self.m.wait("page_full", slot, part, phase=use)
+        for box in range(CONSTANTS["page_boxes"]):
+            yield from self.m.wait("page_full", slot, box, phase=use)
             for loader in LOADERS:
                 self.begin_read(reading, self.m.region("query", loader), ("query", self.item))
-            for region in part_regions(self.m, slot, part):
+            for region in box_regions(self.m, slot, box):
                 self.begin_read(reading, region, ("page", n))
             yield
         self.m.end_read(reading)
 
-    def weigh(self, n: int, tail: bool) -> Step:
-        slot = n % len(SLOTS)
-        yield from self.m.write(self.m.region("row_max", self.half, self.warp), ("max", n))
+    def settle(self, n: int, tail: bool) -> Step:
         if tail:
-            zeroed = [self.m.region("tail", slot, part, self.warp) for part in (LEFT, RIGHT)]
+            slot = n % len(SLOTS)
+            boxes = BOXES[LEFT] + BOXES[RIGHT]
+            zeroed = [self.m.region("tail", slot, box, self.warp) for box in boxes]
             for region in zeroed:
                 yield from self.m.write(region, ("zero", n))
             yield from self.m.fence("tail", zeroed)
             yield from self.meet_own_warps()
 
-    def publish_weights(self, n: int) -> Step:
-        if self.half == RIGHT:
-            yield from self.meet_own_warps()
-        weights = self.weights(self.half, n)
+    def store_weights(self, n: int, weights: Region) -> Step:
         yield from self.m.write(weights, ("P", n))
         yield from self.m.fence("weights", [weights])
+
+    def publish_weights(self, n: int) -> Step:
+        yield from self.m.write(self.m.region("reference", self.half, self.warp), ("of", n))
         yield from self.m.arrive("weights_ready", self.half, count=SPEAKING_LANES)
+
+    def hear_weights(self, n: int) -> Step:
+        yield from self.m.wait("weights_ready", self.other, phase=self.others_pages)
+        self.others_pages += 1
+        yield from self.read(self.m.region("reference", self.other, self.warp), ("of", n))
 
     def meet_own_warps(self) -> Step:
         yield from self.m.arrive("own_warps", self.half)
         yield from self.m.wait("own_warps", self.half, phase=self.own_meetings)
         self.own_meetings += 1
 
-    def weights(self, owner: int, n: int) -> Region:
-        """P of an even page has a tile of its own, that of an odd one the page's rope tile."""
-        if owner == LEFT:
-            return self.m.region("even_weights", self.warp)
-        return self.m.region("rope", n % len(SLOTS), self.warp)
+    def even_weights(self) -> Region:
+        return self.m.region("even_weights", self.warp)
 
-    def issue_own_values(self, n: int, tail: bool) -> Step:
+    def odd_weights(self, odd: int) -> Region:
+        """P of an odd page takes the place of its rope columns."""
+        return self.m.region("rope", odd % len(SLOTS), self.warp)
+
+    def issue_values(self, n: int, tail: bool) -> Step:
         for region, tag in self.values(n, tail):
             self.begin_read(self.reading, region, tag)
         yield
 
-    def issue_other_values(self, n: int, tail: bool) -> Step:
-        yield from self.m.wait("weights_ready", self.other, phase=self.others_pages)
-        self.others_pages += 1
-        yield from self.read(self.m.region("row_max", self.other, self.warp), ("max", n))
-        self.begin_read(self.reading, self.weights(self.other, n), ("P", n))
-        yield from self.issue_own_values(n, tail)
+    def issue_other_values(self, n: int, weights: Region, tail: bool) -> Step:
+        self.begin_read(self.reading, weights, ("P", n))
+        yield from self.issue_values(n, tail)
 
     def values(self, n: int, tail: bool) -> Iterator[tuple[Region, tuple[str, int]]]:
         slot = n % len(SLOTS)
-        yield self.m.region(slot, self.half), ("page", n)
-        for region in tail_regions(self.m, slot, self.half) if tail else ():
-            yield region, ("zero", n)
+        for box in BOXES[self.half]:
+            yield self.m.region(slot, box), ("page", n)
+            for region in tail_regions(self.m, slot, box) if tail else ():
+                yield region, ("zero", n)
 
     def finish_values(self) -> Step:
         self.m.end_read(self.reading)
@@ -231,8 +249,9 @@ class MathWarp:
         others = item_region(self.m, "row_sum", self.item, self.other, self.warp)
         yield from self.read(others, ("sum", self.item))
 
-    def release(self, n: int, part: int) -> Step:
-        yield from self.m.arrive("page_empty", n % len(SLOTS), part)
+    def release(self, *parts: tuple[int, int]) -> Step:
+        for n, part in parts:
+            yield from self.m.arrive("page_empty", n % len(SLOTS), part)
 
     def read(self, region: Region, tag: tuple[str, int]) -> Step:
         """An ordinary read."""

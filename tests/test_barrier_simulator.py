@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from barrier_layout import LEFT, RIGHT, ROPE, Item
-from barrier_machine import NO_FAULTS, Faults, Machine, Step, Violation
+from barrier_machine import NO_FAULTS, Faults, Machine, Region, Step, Violation
 from barrier_simulator import (
     MathWarp,
     assign,
@@ -114,15 +114,14 @@ def test_a_single_buffer_is_found(name: str) -> None:
 class EarlyRope(MathWarp):
     """The left half frees the odd page's P before its WGMMA has read it."""
 
-    def issue_other_values(self, n: int, tail: bool) -> Step:
-        yield from super().issue_other_values(n, tail)
+    def issue_other_values(self, n: int, weights: Region, tail: bool) -> Step:
+        yield from super().issue_other_values(n, weights, tail)
         if self.half == LEFT:
-            yield from super().release(n, ROPE)
+            yield from super().release((n, ROPE))
             self.freed = n
 
-    def release(self, n: int, part: int) -> Step:
-        if not (part == ROPE and n == getattr(self, "freed", -1)):
-            yield from super().release(n, part)
+    def release(self, *parts: tuple[int, int]) -> Step:
+        yield from super().release(*(p for p in parts if p != (getattr(self, "freed", -1), ROPE)))
 
 
 class EarlyPage(MathWarp):

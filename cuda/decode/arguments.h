@@ -10,8 +10,9 @@
 namespace flashmla::decode {
 
 struct Arguments {
-  CUtensorMap half_map;  // pool as {64 columns, 64 tokens, 9 * h_kv tiles, pages}; box: half of V
-  CUtensorMap rope_map;  // the same pool; box: one tile
+  // The pool as {64 columns, 64 tokens, 9 * h_kv tiles, pages}; box: kBoxTiles tiles, or one.
+  CUtensorMap latent_map;
+  CUtensorMap rope_map;
   // Where a request's packed rows follow one another (one KV head): {64 columns, R rows, tiles,
   // batch}; box: the query tile's latent or rotary columns, rows from R on as zeros.
   CUtensorMap q_latent_map;

@@ -19,10 +19,13 @@ inline constexpr int kProducerRegisters = 40;
 inline constexpr int kMathRegisters = 232;
 static_assert(kProducerRegisters + 2 * kMathRegisters <= 65536 / kThreads / 8 * 8 * 3);
 
-// A page of keys lies in shared memory as nine tiles of 64 tokens x 64 columns; it arrives, and is
-// freed, in three parts.
+// A page of keys lies in shared memory as nine tiles of 64 tokens x 64 columns. It is freed in
+// three parts, and arrives in boxes of one TMA request each: two of a half of V, one of the rope.
 inline constexpr int kQkTiles = kHeadDimQk / 64;
 inline constexpr int kHalfTiles = kHeadDimV / 2 / 64;  // tiles of half of V
+inline constexpr int kBoxTiles = 2;
+inline constexpr int kBoxesPerHalf = kHalfTiles / kBoxTiles;
+inline constexpr int kPageBoxes = 2 * kBoxesPerHalf + 1;
 enum PagePart : int { kLeft, kRight, kRope, kPageParts };
 inline constexpr int kPageSlots = 2;
 
@@ -33,12 +36,18 @@ struct TileRange {
 FLASHMLA_HOST_DEVICE constexpr TileRange part_tiles(int part) {
   return {part * kHalfTiles, part == kRope ? 1 : kHalfTiles};
 }
-inline constexpr uint32_t kPageBytes = kQkTiles * sm90::kTileBytes;
-
-FLASHMLA_HOST_DEVICE constexpr uint32_t part_bytes(int part) {
-  return static_cast<uint32_t>(part_tiles(part).count) * sm90::kTileBytes;
+FLASHMLA_HOST_DEVICE constexpr TileRange box_tiles(int box) {
+  return {box * kBoxTiles, box == kPageBoxes - 1 ? 1 : kBoxTiles};
 }
-static_assert(part_bytes(kLeft) + part_bytes(kRight) + part_bytes(kRope) == kPageBytes);
+// The part that a box belongs to, and whether it is the part's last.
+FLASHMLA_HOST_DEVICE constexpr int part_of(int box) { return box / kBoxesPerHalf; }
+FLASHMLA_HOST_DEVICE constexpr bool ends_part(int box) {
+  return box == kPageBoxes - 1 || part_of(box) != part_of(box + 1);
+}
+FLASHMLA_HOST_DEVICE constexpr uint32_t bytes_of(TileRange tiles) {
+  return static_cast<uint32_t>(tiles.count) * sm90::kTileBytes;
+}
+inline constexpr uint32_t kPageBytes = kQkTiles * sm90::kTileBytes;
 static_assert(kPageBytes == kPageSize * kHeadDimQk * 2);
 
 // The two math roles: each owns half of V's columns, and the scores of every other page.

@@ -8,9 +8,11 @@ namespace flashmla::decode {
 
 __device__ __forceinline__ void init_barriers(Barriers& barriers) {
   for (int slot = 0; slot < kPageSlots; ++slot) {
-    for (int part = 0; part < kPageParts; ++part) {
-      sm90::barrier_init(barriers.page_full[slot][part], kPageFullArrivals);
-      sm90::barrier_init(barriers.page_empty[slot][part], kPageEmptyArrivals);
+    for (sm90::Barrier& full : barriers.page_full[slot]) {
+      sm90::barrier_init(full, kPageFullArrivals);
+    }
+    for (sm90::Barrier& empty : barriers.page_empty[slot]) {
+      sm90::barrier_init(empty, kPageEmptyArrivals);
     }
   }
   sm90::barrier_init(barriers.query_full, kQueryFullArrivals);
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   sm90::fill_with_nan(shared_bytes, sizeof(Storage));
   if (threadIdx.x == 0) {
     const PartRange part = read_part(arguments, place.part);  // its latency hides behind the rest
-    for (const CUtensorMap* map : {&arguments.half_map, &arguments.rope_map,
+    for (const CUtensorMap* map : {&arguments.latent_map, &arguments.rope_map,
                                    &arguments.q_latent_map, &arguments.q_rope_map}) {
       sm90::tma_prefetch_map(*map);
     }

@@ -47,7 +47,7 @@ Arguments make_arguments(const DecodeParams& params) {
 
 const char* encode_maps(Arguments& a) {
   const DecodeParams& p = a.params;
-  if (p.num_pages > 0 && !(decode::encode_pool(a.half_map, p, decode::kHalfTiles) &&
+  if (p.num_pages > 0 && !(decode::encode_pool(a.latent_map, p, decode::kBoxTiles) &&
                            decode::encode_pool(a.rope_map, p, 1))) {
     return "kv_cache cannot be described to the TMA unit (16-byte aligned address?)";
   }

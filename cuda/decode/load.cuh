@@ -47,20 +47,24 @@ class PageIds {
   int held_;
 };
 
-// One page in three requests, in the order in which the scores use them. An id outside the pool
-// gives zeros.
+// One page, box by box, in the order in which the scores use them. An id outside the pool gives
+// zeros.
 __device__ __forceinline__ void request_page(Storage& storage, const Arguments& a,
                                              PagePosition position, int kv_head, int page_id) {
   const uint32_t slot = position.slot();
+  Barriers& barriers = storage.barriers;
 #pragma unroll
-  for (int part = 0; part < kPageParts; ++part) {
-    sm90::Barrier& full = storage.barriers.page_full[slot][part];
-    const int tile = part_tiles(part).begin;
-    sm90::barrier_wait(storage.barriers.page_empty[slot][part], position.parity() ^ 1);
-    sm90::barrier_arrive_expect(full, part_bytes(part));
-    sm90::tma_load_4d(sm90::shared_address(storage.pages[slot][tile]),
-                      part == kRope ? a.rope_map : a.half_map, full, 0, 0,
-                      kv_head * kQkTiles + tile, page_id);
+  for (int box = 0; box < kPageBoxes; ++box) {
+    const TileRange tiles = box_tiles(box);
+    const int part = part_of(box);
+    if (tiles.begin == part_tiles(part).begin) {
+      sm90::barrier_wait(barriers.page_empty[slot][part], position.parity() ^ 1);
+    }
+    sm90::Barrier& full = barriers.page_full[slot][box];
+    sm90::barrier_arrive_expect(full, bytes_of(tiles));
+    sm90::tma_load_4d(sm90::shared_address(storage.pages[slot][tiles.begin]),
+                      part == kRope ? a.rope_map : a.latent_map, full, 0, 0,
+                      kv_head * kQkTiles + tiles.begin, page_id);
   }
 }
 

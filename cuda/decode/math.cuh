@@ -44,19 +44,21 @@ class Math {
     PagePosition even = position_;
     for (int page = item.begin_page; page < item.end_page; page += 2, even.count += 2) {
       const PagePosition odd = {even.count + 1};
+      const bool has_odd = page + 1 < item.end_page;
       compute_scores(even);  // [1]
       release(barriers_.page_empty[even.slot()][kRope]);
       if (page + 2 >= item.end_page) release(barriers_.query_empty);
-      weigh(item, page, even);  // [3]
-      publish_weights(even);
-      issue_own_values(even);  // [4]
+      const Rescaling own = settle(item, page, even, weigh(item, page));  // [3]
+      store_weights(storage_.even_weights);
+      publish_weights(own);
+      issue_own_values(own, even);  // [4]
       finish_values();
       release(barriers_.page_empty[even.slot()][kLeft]);
-      if (page + 1 >= item.end_page) break;
-      issue_other_values(odd);  // [7]
+      if (!has_odd) break;
+      const Rescaling others = hear_weights();
+      issue_other_values(others, odd_weights(odd), odd);  // [7]
       finish_values();
-      release(barriers_.page_empty[odd.slot()][kLeft]);
-      release(barriers_.page_empty[odd.slot()][kRope]);
+      release(barriers_.page_empty[odd.slot()][kLeft], barriers_.page_empty[odd.slot()][kRope]);
     }
   }
 
@@ -66,15 +68,26 @@ class Math {
     for (int page = item.begin_page; page < item.end_page; page += 2, even.count += 2) {
       const PagePosition odd = {even.count + 1};
       const bool has_odd = page + 1 < item.end_page;
+      bool moves = false;
       if (has_odd) compute_scores(odd);  // [2]
       if (page + 2 >= item.end_page) release(barriers_.query_empty);
-      issue_other_values(even);                 // [5]
-      if (has_odd) weigh(item, page + 1, odd);  // [6]
+      if (has_odd) {
+        moves = weigh(item, page + 1);  // [5]
+        meet_own_warps();               // all have read the rope tile
+        store_weights(odd_weights(odd));
+      }
+      const Rescaling others = hear_weights();
+      Rescaling own;
+      if (has_odd) {
+        own = settle(item, page + 1, odd, moves || others.any);
+        if (own.any) store_weights(odd_weights(odd));
+        publish_weights(own);
+      }
+      issue_other_values(others, storage_.even_weights, even);  // [6]
       finish_values();
       release(barriers_.page_empty[even.slot()][kRight]);
       if (!has_odd) break;
-      publish_weights(odd);
-      issue_own_values(odd);  // [8]
+      issue_own_values(own, odd);  // [8]
       finish_values();
       release(barriers_.page_empty[odd.slot()][kRight]);
     }
@@ -87,7 +100,7 @@ class Math {
     sm90::random_delay(a_.params.delay_seed);
   }
 
-  // S = Q Kᵀ of a page, as its parts arrive.
+  // S = Q Kᵀ of a page, as its boxes arrive.
   __device__ __forceinline__ void compute_scores(PagePosition position) {
     const uint32_t slot = position.slot();
     uint64_t query = query_;
@@ -96,36 +109,39 @@ class Math {
     sm90::hide_descriptor(page);
     sm90::pin_registers(scores_);
 #pragma unroll
-    for (int part = 0; part < kPageParts; ++part) {
-      sm90::barrier_wait(barriers_.page_full[slot][part], position.parity());
+    for (int box = 0; box < kPageBoxes; ++box) {
+      sm90::barrier_wait(barriers_.page_full[slot][box], position.parity());
       sm90::wgmma_fence();
-      add_scores<T, kSerial>(scores_, query, page, part_tiles(part));
+      add_scores<T, kSerial>(scores_, query, page, box_tiles(box));
     }
     sm90::wgmma_commit();
     sm90::wgmma_wait<0>();
     sm90::pin_registers(scores_);
   }
 
-  // Scores of this half's page to weights. Sets factor_ for the values.
-  __device__ __forceinline__ void weigh(const WorkItem& item, int page, PagePosition position) {
+  // Scores of this half's page to weights; returns whether a row of this thread needs another
+  // reference for it.
+  __device__ __forceinline__ bool weigh(const WorkItem& item, int page) {
     const int first_key = page * kPageSize;
     sm90::random_delay(a_.params.delay_seed);
     if (first_key + kPageSize > visible_keys(item.length, 0, a_.params.s_q, a_.params.causal)) {
       mask(item, first_key);
     }
-    softmax_.template weigh<T>(scores_, a_.scale_log2, weights_, page == item.begin_page, factor_);
-    if (speaks_for_rows()) {
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        storage_.row_max[kHalf][fragment_row(which)] = softmax_.reference[which];
-      }
-    }
+    return softmax_.template weigh<T>(scores_, a_.scale_log2, weights_);
+  }
+
+  // The weights as they stay, and V ready to be multiplied by them.
+  __device__ __forceinline__ Rescaling settle(const WorkItem& item, int page, PagePosition position,
+                                              bool moves) {
+    const Rescaling own = softmax_.template settle<T>(moves, scores_, a_.scale_log2, weights_);
+    const int first_key = page * kPageSize;
     // Other warps may still multiply by this page's keys: what they see of the zeros is masked.
     if (first_key + kPageSize > item.length) {
       zero_values(position.slot(), item.length - first_key);
       sm90::async_proxy_fence();
-      named_barrier();
+      meet_own_warps();
     }
+    return own;
   }
 
   __device__ __forceinline__ void mask(const WorkItem& item, int first_key) {
@@ -138,22 +154,47 @@ class Math {
     mask_scores(scores_, first_key, limit);
   }
 
-  // The weights to shared memory, for the other half.
-  __device__ __forceinline__ void publish_weights(PagePosition position) {
-    if (kHalf == kRightHalf) named_barrier();  // all have read the rope tile
-    store_weights(position.slot());
-    sm90::async_proxy_fence();
+  __device__ static __forceinline__ void meet_own_warps() {
+    sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);
+  }
+
+  // Tells the other half of the weights, and of the references if they moved.
+  __device__ __forceinline__ void publish_weights(const Rescaling& own) {
+    if (speaks_for_rows()) {
+      if (own.any) {
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+          storage_.reference[kHalf][fragment_row(which)] = softmax_.reference[which];
+        }
+      }
+    }
+    if (threadIdx.x % 32 == 0) storage_.reference_moved[kHalf][own_warp()] = own.any;
     __syncwarp();
     if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[kHalf]);
   }
 
-  __device__ static __forceinline__ void named_barrier() {
-    sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);
+  // Waits for the other half's weights and follows its references.
+  __device__ __forceinline__ Rescaling hear_weights() {
+    sm90::barrier_wait(barriers_.weights_ready[kOther], other_parity_);
+    other_parity_ ^= 1;
+    const bool moved = speaks_for_rows() && storage_.reference_moved[kOther][own_warp()];
+    Rescaling others = {__any_sync(~0u, moved) != 0};
+    if (others.any) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        others.factor[which] = softmax_.follow(which, heard(storage_.reference[kOther], which));
+      }
+    }
+    return others;
   }
 
-  __device__ __forceinline__ uint32_t weights_tile(Half owner, uint32_t slot) const {
-    return sm90::shared_address(owner == kLeftHalf ? storage_.even_weights
-                                                   : storage_.pages[slot][part_tiles(kRope).begin]);
+  // P of an odd page replaces its rope columns.
+  __device__ __forceinline__ uint8_t (&odd_weights(PagePosition odd) const)[sm90::kTileBytes] {
+    return storage_.pages[odd.slot()][part_tiles(kRope).begin];
+  }
+
+  __device__ static __forceinline__ int own_warp() {
+    return static_cast<int>(threadIdx.x) / 32 % kWarpsPerWarpgroup;
   }
 
   // The page's keys from `first` on are not the request's: 0 weight times NaN would be NaN.
@@ -167,19 +208,21 @@ class Math {
     }
   }
 
-  __device__ __forceinline__ void store_weights(uint32_t slot) {
+  // The weights to shared memory, for the other half.
+  __device__ __forceinline__ void store_weights(uint8_t (&into)[sm90::kTileBytes]) {
+    const uint32_t tile = sm90::shared_address(into);
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t row = threadIdx.x / 32 % kWarpsPerWarpgroup * 16 + lane % 16;
-    const uint32_t tile = weights_tile(kHalf, slot);
 #pragma unroll
     for (uint32_t step = 0; step < 4; ++step) {
       sm90::store_matrix_x4(tile + sm90::swizzled_chunk(row, step * 2 + lane / 16), weights_[step]);
     }
+    sm90::async_proxy_fence();
   }
 
   // O *= factor; O += P V of this half's page, P from registers.
-  __device__ __forceinline__ void issue_own_values(PagePosition position) {
-    rescale(out_, factor_);
+  __device__ __forceinline__ void issue_own_values(const Rescaling& own, PagePosition position) {
+    if (own.any) rescale(out_, own.factor);
     sm90::pin_registers(out_);
     sm90::wgmma_fence();
     add_values<T, kSerial>(out_, weights_, values_of(position));
@@ -187,15 +230,11 @@ class Math {
   }
 
   // The same for the other half's page, P from shared memory.
-  __device__ __forceinline__ void issue_other_values(PagePosition position) {
-    sm90::barrier_wait(barriers_.weights_ready[kOther], other_parity_);
-    other_parity_ ^= 1;
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      factor_[which] = softmax_.follow(which, heard(storage_.row_max[kOther], which));
-    }
-    rescale(out_, factor_);
-    uint64_t weights = sm90::k_major_descriptor(weights_tile(kOther, position.slot()));
+  __device__ __forceinline__ void issue_other_values(const Rescaling& others,
+                                                     const uint8_t (&tile)[sm90::kTileBytes],
+                                                     PagePosition position) {
+    if (others.any) rescale(out_, others.factor);
+    uint64_t weights = sm90::k_major_descriptor(sm90::shared_address(tile));
     sm90::hide_descriptor(weights);
     sm90::pin_registers(out_);
     sm90::wgmma_fence();
@@ -240,7 +279,7 @@ class Math {
                   finish_rows(softmax_.reference, total));
   }
 
-  // Of the four lanes that hold a row, the one that exchanges its maximum and sum, and arrives.
+  // Of the four lanes that hold a row, the one that exchanges its reference and sum, and arrives.
   __device__ static __forceinline__ bool speaks_for_rows() { return threadIdx.x % 4 == 0; }
 
   // The other half's value for this thread's row, through the lane that speaks for it.
@@ -250,9 +289,10 @@ class Math {
   }
 
   // Each warp arrives once all its lanes are done.
-  __device__ __forceinline__ void release(sm90::Barrier& barrier) {
+  template <class... SomeBarriers>
+  __device__ __forceinline__ void release(SomeBarriers&... barriers) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) sm90::barrier_arrive(barrier);
+    if (threadIdx.x % 32 == 0) (sm90::barrier_arrive(barriers), ...);
   }
 
   Storage& storage_;
@@ -265,7 +305,6 @@ class Math {
   uint32_t sums_parity_ = 0;   // of sums_ready: once per item with pages
   uint32_t other_parity_ = 0;  // of the other half's weights_ready
   Softmax softmax_;
-  float factor_[2];
   float scores_[32];
   float out_[128];
   Weights weights_;

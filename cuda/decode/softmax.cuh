@@ -1,9 +1,10 @@
 // Online softmax over pages, for the two rows that a thread holds of a 64-row tile.
 //
-// Scores stay in log2 units: weight = 2^(score - reference), the reference being the running row
-// maximum. Both halves of the output go through the same references in the same page order, so
-// each half tells the other its page's new maximum and nothing else. After Milakov & Gimelshein,
-// "Online normalizer calculation for softmax" (2018).
+// Scores stay in log2 units: weight = 2^(score - reference). A reference need not be the running
+// row maximum, only near it, so it moves seldom, and weights are computed before it is known
+// whether it has to. Both halves of the output go through the same references in the same page
+// order; each half tells the other when its page moved them. After Milakov & Gimelshein, "Online
+// normalizer calculation for softmax" (2018).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,6 +12,7 @@
 
 #include <cstdint>
 
+#include "../sm90/wgmma.cuh"
 #include "config.h"
 
 namespace flashmla::decode {
@@ -49,13 +51,23 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 // A thread's P fragment: four k-steps of 16 tokens, in the register order of a WGMMA A operand.
 using Weights = uint32_t[4][4];
 
-// How far, in log2 units, a row's scores may exceed its reference before the reference moves.
-// Weights up to 2^8 lose no accuracy, and moving seldom lets the weights be computed beside the
-// maximum instead of after it, and O stay as it is.
-inline constexpr float kReferenceSlack = 8.f;
+// How far, in log2 units, a new reference lies above the scores that it is made for. Weights are
+// then at most 2^-headroom; the reference stays until one reaches 2. Exponents cost no accuracy
+// but in float16, where small weights would become subnormal.
+template <class T>
+inline constexpr float kHeadroom = std::is_same_v<T, __nv_bfloat16> ? 7.f : 3.f;
+// The exponent bits, of a pair in either type, that only numbers from 2 on have, infinity and NaN.
+inline constexpr uint32_t kTwoOrMore = 0x4000'4000;
+
+// What the weights of earlier pages are to be multiplied by, for a thread's two rows.
+struct Rescaling {
+  bool any = false;  // the same for all lanes of a warp; if not, both factors are 1
+  float factor[2] = {1.f, 1.f};
+};
 
 struct Softmax {
   float reference[2] = {kNegativeInfinity, kNegativeInfinity};
+  float page_sum[2] = {0.f, 0.f};
   float row_sum[2] = {0.f, 0.f};  // of the pages this half owns; a quarter of each row per lane
 
   // Moves the reference to `next` and returns what earlier weights are to be multiplied by.
@@ -67,29 +79,36 @@ struct Softmax {
     return factor;
   }
 
-  // Scores to weights, summed in float32 and rounded to T. Sets what earlier weights are to be
-  // multiplied by.
+  // Scores to weights by the present references, rounded to T. Returns whether they do not do, for
+  // one of this thread's rows: a row without reference, or with a weight of 2 or more.
   template <class T>
-  __device__ __forceinline__ void weigh(const float (&scores)[32], float scale, Weights& weights,
-                                        bool first_page, float (&factor)[2]) {
-    float sum[2];
-    if (!first_page) exponentiate<T>(scores, scale, weights, sum);
-    float next[2];
-    bool grows = first_page;
+  __device__ __forceinline__ bool weigh(const float (&scores)[32], float scale, Weights& weights) {
+    const bool none = reference[0] == kNegativeInfinity || reference[1] == kNegativeInfinity;
+    if (__any_sync(~0u, none)) return true;
+    exponentiate<T>(scores, scale, weights);
+    uint32_t bits = 0;
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      next[which] = row_maximum(which, scores) * scale;
-      if (!(next[which] > reference[which] + kReferenceSlack)) next[which] = reference[which];
-      grows |= next[which] != reference[which];
-      factor[which] = 1.f;
+    for (int i = 0; i < 16; ++i) bits |= weights[i / 4][i % 4];
+    return (bits & kTwoOrMore) != 0;
+  }
+
+  // Adds the page's weights to the sums; before, if `weigh` said so of one of the warp's rows,
+  // weighs again by references above these scores.
+  template <class T>
+  __device__ __forceinline__ Rescaling settle(bool moves, const float (&scores)[32], float scale,
+                                              Weights& weights) {
+    Rescaling rescaling = {__any_sync(~0u, moves) != 0};
+    if (rescaling.any) {
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const float above = fmaf(row_maximum(which, scores), scale, kHeadroom<T>);
+        rescaling.factor[which] = follow(which, fmaxf(above, reference[which]));
+      }
+      exponentiate<T>(scores, scale, weights);
     }
-    if (__any_sync(~0u, grows)) {
 #pragma unroll
-      for (int which = 0; which < 2; ++which) factor[which] = follow(which, next[which]);
-      exponentiate<T>(scores, scale, weights, sum);
-    }
-#pragma unroll
-    for (int which = 0; which < 2; ++which) row_sum[which] += sum[which];
+    for (int which = 0; which < 2; ++which) row_sum[which] += page_sum[which];
+    return rescaling;
   }
 
   // Adds up the lanes that share a row.
@@ -112,19 +131,27 @@ struct Softmax {
     return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
   }
 
+  // Half of the weights at a time, so that no exponential is waited for alone.
   template <class T>
   __device__ __forceinline__ void exponentiate(const float (&scores)[32], float scale,
-                                               Weights& weights, float (&sum)[2]) const {
-    sum[0] = sum[1] = 0.f;
+                                               Weights& weights) {
+    constexpr int kGroup = 16;
+    const float shift[2] = {-finite(reference[0]), -finite(reference[1])};
+    page_sum[0] = page_sum[1] = 0.f;
 #pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      const int which = i / 2 % 2;
-      const float shift = -finite(reference[which]);
-      const float low = exp2_approximate(fmaf(scores[i], scale, shift));
-      const float high = exp2_approximate(fmaf(scores[i + 1], scale, shift));
-      sum[which] += low;
-      sum[which] += high;
-      weights[i / 8][i / 2 % 4] = pack_pair<T>(low, high);
+    for (int begin = 0; begin < 32; begin += kGroup) {
+      float weight[kGroup];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        weight[i] = exp2_approximate(fmaf(scores[begin + i], scale, shift[i / 2 % 2]));
+      }
+      sm90::pin_registers(weight);
+#pragma unroll
+      for (int i = 0; i < kGroup; i += 2) {
+        page_sum[i / 2 % 2] += weight[i];
+        page_sum[i / 2 % 2] += weight[i + 1];
+        weights[(begin + i) / 8][(begin + i) / 2 % 4] = pack_pair<T>(weight[i], weight[i + 1]);
+      }
     }
   }
 

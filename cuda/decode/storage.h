@@ -10,7 +10,7 @@
 namespace flashmla::decode {
 
 struct Barriers {
-  uint64_t page_full[kPageSlots][kPageParts];   // producer's TMA -> both halves
+  uint64_t page_full[kPageSlots][kPageBoxes];   // producer's TMA -> the page's owner
   uint64_t page_empty[kPageSlots][kPageParts];  // last reader of the part -> producer
   uint64_t query_full;                          // query loaders -> both halves
   uint64_t query_empty;                         // both halves -> query loaders
@@ -28,16 +28,17 @@ inline constexpr int kSumsReadyArrivals = 2 * kWeightsReadyArrivals;
 
 // Named barriers between math warps; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
-  kOwnWarps = 1,  // + Half: a half's four warps, when all have their scores
+  kOwnWarps = 1,  // + Half: a half's four warps, to zero rows behind the last key
 };
 
 struct Storage {
   alignas(1024) uint8_t query[kQkTiles][sm90::kTileBytes];              // [9][64 rows][64 columns]
   alignas(1024) uint8_t pages[kPageSlots][kQkTiles][sm90::kTileBytes];  // [2][9][64 tokens][64]
   alignas(1024) uint8_t even_weights[sm90::kTileBytes];                 // P of an even page
-  // P of an odd page replaces the page's rope tile once its scores are known.
-  float row_max[2][kRowTile];     // running maximum after the even / odd page, in log2 units
+  // P of an odd page replaces the rope tile of the even page before it.
+  float reference[2][kRowTile];   // of the softmax after the last even / odd page that moved it
   float row_sum[2][2][kRowTile];  // by item parity, then half: sums of weights at an item's end
+  int reference_moved[2][kWarpsPerWarpgroup];  // by the last even / odd page, for a warp's rows
   Barriers barriers;
   PartRange part;             // what the block does, for every role
   Assignment assignments[2];  // by item parity: the query loaders' word to both halves

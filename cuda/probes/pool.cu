@@ -31,7 +31,7 @@ CUtensorMap encode(void* data, ElementType type, int num_pages, int h_kv, int ti
 
 Arguments Pool::arguments() const {
   Arguments a = {};
-  a.half_map = encode(device_->get(), type_, num_pages_, h_kv_, decode::kHalfTiles);
+  a.latent_map = encode(device_->get(), type_, num_pages_, h_kv_, decode::kBoxTiles);
   a.rope_map = encode(device_->get(), type_, num_pages_, h_kv_, 1);
   a.params.element_type = type_;
   a.params.kv_cache = device_->get();

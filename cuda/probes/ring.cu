@@ -10,7 +10,7 @@ namespace {
 constexpr int kHeadsKv = 2;
 constexpr int kHead = 1;
 
-// Warp 0 streams the part's pages; warps 4-7 add part sums into sums [pages, kPageParts].
+// Warp 0 streams the part's pages; warps 4-7 add the boxes' sums into sums [pages, kPageBoxes].
 __global__ void __launch_bounds__(2 * decode::kWarpgroup)
     ring_kernel(const __grid_constant__ Arguments a, int pages, unsigned* sums) {
   Storage& storage = prepare_storage();
@@ -23,24 +23,27 @@ __global__ void __launch_bounds__(2 * decode::kWarpgroup)
   for (decode::PagePosition position; position.count < static_cast<uint32_t>(pages);
        ++position.count) {
     __nanosleep((warp * 37 + position.count * 101) % 300);
-    for (int part = 0; part < decode::kPageParts; ++part) {
+    for (int box = 0; box < decode::kPageBoxes; ++box) {
+      const decode::TileRange tiles = decode::box_tiles(box);
       const uint32_t slot = position.slot();
-      sm90::barrier_wait(storage.barriers.page_full[slot][part], position.parity());
+      sm90::barrier_wait(storage.barriers.page_full[slot][box], position.parity());
       const uint16_t* const elements =
-          reinterpret_cast<uint16_t*>(storage.pages[slot][decode::part_tiles(part).begin]);
+          reinterpret_cast<uint16_t*>(storage.pages[slot][tiles.begin]);
       unsigned sum = 0;
-      for (uint32_t i = thread; i < decode::part_bytes(part) / 2; i += decode::kWarpgroup) {
+      for (uint32_t i = thread; i < decode::bytes_of(tiles) / 2; i += decode::kWarpgroup) {
         sum += elements[i];
       }
-      atomicAdd(&sums[position.count * decode::kPageParts + part], sum);
+      atomicAdd(&sums[position.count * decode::kPageBoxes + box], sum);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) sm90::barrier_arrive(storage.barriers.page_empty[slot][part]);
+      if (threadIdx.x % 32 == 0 && decode::ends_part(box)) {
+        sm90::barrier_arrive(storage.barriers.page_empty[slot][decode::part_of(box)]);
+      }
     }
   }
 }
 
-unsigned part_sum(const Pool& pool, int page, int part) {
-  const decode::TileRange tiles = decode::part_tiles(part);
+unsigned box_sum(const Pool& pool, int page, int box) {
+  const decode::TileRange tiles = decode::box_tiles(box);
   unsigned sum = 0;
   for (int token = 0; token < kPageSize; ++token) {
     for (int c = tiles.begin * 64; c < (tiles.begin + tiles.count) * 64; ++c) {
@@ -71,7 +74,7 @@ bool probe_ring() {
   const DeviceArray<int> device_table(table), device_lengths(lengths);
   const DeviceArray<int> part({0, kBeginPage, batch - 1, kEndPage, 0, 0, 0, 0});
   const int pages = static_cast<int>(walk.size());
-  DeviceArray<unsigned> sums(std::vector<unsigned>(walk.size() * decode::kPageParts));
+  DeviceArray<unsigned> sums(std::vector<unsigned>(walk.size() * decode::kPageBoxes));
   Arguments a = pool.arguments();
   a.params.block_table = device_table.get();
   a.params.cache_seqlens = device_lengths.get();
@@ -84,9 +87,9 @@ bool probe_ring() {
   mismatches.synchronize("ring_kernel");
   const std::vector<unsigned> got = sums.host();
   for (int n = 0; n < pages; ++n) {
-    for (int p = 0; p < decode::kPageParts; ++p) {
-      mismatches.expect(got[n * decode::kPageParts + p], part_sum(pool, walk[n], p), 0,
-                        "sum of [page][part]", n, p);
+    for (int box = 0; box < decode::kPageBoxes; ++box) {
+      mismatches.expect(got[n * decode::kPageBoxes + box], box_sum(pool, walk[n], box), 0,
+                        "sum of [page][box]", n, box);
     }
   }
   return mismatches.none();

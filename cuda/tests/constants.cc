@@ -36,9 +36,9 @@ int print_constants() {
   const Constant constants[] = {
       {"page_slots", kPageSlots},
       {"page_parts", kPageParts},
-      {"left_bytes", part_bytes(kLeft)},
-      {"right_bytes", part_bytes(kRight)},
-      {"rope_bytes", part_bytes(kRope)},
+      {"page_boxes", kPageBoxes},
+      {"latent_box_bytes", bytes_of(box_tiles(0))},
+      {"rope_box_bytes", bytes_of(box_tiles(kPageBoxes - 1))},
       {"query_bytes", sizeof(Storage::query)},
       {"warps_per_half", kWarpsPerWarpgroup},
       {"query_loader_warps", kQueryLoaderWarps},

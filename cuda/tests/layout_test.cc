@@ -69,29 +69,35 @@ using decode::Storage;
 static_assert(offsetof(Storage, query) == 0 && sizeof(Storage::query) == 73728);
 static_assert(offsetof(Storage, pages) == 73728 && sizeof(Storage::pages) == 147456);
 static_assert(offsetof(Storage, even_weights) == 221184 && sizeof(Storage::even_weights) == 8192);
-static_assert(offsetof(Storage, row_max) == 229376 && sizeof(Storage::row_max) == 512);
+static_assert(offsetof(Storage, reference) == 229376 && sizeof(Storage::reference) == 512);
 static_assert(offsetof(Storage, row_sum) == 229888 && sizeof(Storage::row_sum) == 1024);
-static_assert(offsetof(Storage, barriers) == 230912 && sizeof(Storage::barriers) == 136);
-static_assert(offsetof(Storage, part) == 231048 && sizeof(Storage::part) == 20);
-static_assert(offsetof(Storage, assignments) == 231068 && sizeof(Storage::assignments) == 40);
+static_assert(offsetof(Storage, reference_moved) == 230912);
+static_assert(sizeof(Storage::reference_moved) == 32);
+static_assert(offsetof(Storage, barriers) == 230944 && sizeof(Storage::barriers) == 168);
+static_assert(offsetof(Storage, part) == 231112 && sizeof(Storage::part) == 20);
+static_assert(offsetof(Storage, assignments) == 231132 && sizeof(Storage::assignments) == 40);
 static_assert(sizeof(Storage) == 231424 && alignof(Storage) == 1024);
 static_assert(offsetof(PartialRow, scale) == 4 && sizeof(PartialRow) == 16);
 static_assert(sizeof(Storage) <= 232448);  // of a block on sm_90
 using decode::Barriers;
-static_assert(offsetof(Barriers, page_full) == 0 && offsetof(Barriers, page_empty) == 48);
-static_assert(offsetof(Barriers, query_full) == 96 && offsetof(Barriers, query_empty) == 104);
-static_assert(offsetof(Barriers, weights_ready) == 112 && offsetof(Barriers, sums_ready) == 128);
+static_assert(offsetof(Barriers, page_full) == 0 && offsetof(Barriers, page_empty) == 80);
+static_assert(offsetof(Barriers, query_full) == 128 && offsetof(Barriers, query_empty) == 136);
+static_assert(offsetof(Barriers, weights_ready) == 144 && offsetof(Barriers, sums_ready) == 160);
 
-// Page parts: tiles, and the bytes that their TMA boxes of 64 x 64 elements bring.
-constexpr bool part_is(int part, int begin, int count) {
-  const decode::TileRange tiles = decode::part_tiles(part);
+// Page parts and boxes: tiles, and the bytes that TMA boxes of 64 x 64 elements bring.
+constexpr bool tiles_are(decode::TileRange tiles, int begin, int count) {
   return tiles.begin == begin && tiles.count == count &&
-         decode::part_bytes(part) == static_cast<uint32_t>(count) * 64 * 64 * 2;
+         decode::bytes_of(tiles) == static_cast<uint32_t>(count) * 64 * 64 * 2;
 }
-static_assert(part_is(decode::kLeft, 0, 4) && decode::part_bytes(decode::kLeft) == 32768);
-static_assert(part_is(decode::kRight, 4, 4) && decode::part_bytes(decode::kRight) == 32768);
-static_assert(part_is(decode::kRope, 8, 1) && decode::part_bytes(decode::kRope) == 8192);
-static_assert(decode::kPageBytes < (1 << 20));  // an mbarrier counts fewer bytes than this
+static_assert(tiles_are(decode::part_tiles(decode::kLeft), 0, 4));
+static_assert(tiles_are(decode::part_tiles(decode::kRight), 4, 4));
+static_assert(tiles_are(decode::part_tiles(decode::kRope), 8, 1));
+static_assert(tiles_are(decode::box_tiles(0), 0, 2) && tiles_are(decode::box_tiles(1), 2, 2));
+static_assert(tiles_are(decode::box_tiles(2), 4, 2) && tiles_are(decode::box_tiles(3), 6, 2));
+static_assert(tiles_are(decode::box_tiles(4), 8, 1) && decode::kPageBoxes == 5);
+static_assert(decode::part_of(1) == decode::kLeft && decode::part_of(2) == decode::kRight);
+static_assert(decode::part_of(4) == decode::kRope && decode::ends_part(4));
+static_assert(!decode::ends_part(0) && decode::ends_part(1) && decode::ends_part(3));
 
 // Arrivals.
 static_assert(decode::kPageFullArrivals == 1 && decode::kPageEmptyArrivals == 4);

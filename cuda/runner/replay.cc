@@ -1,0 +1,40 @@
+#include "replay.h"
+
+namespace flashmla::runner {
+
+Replay::Replay(const Launches& launches) {
+  note(cudaStreamCreate(&stream_));
+  note(cudaEventCreate(&begin_));
+  note(cudaEventCreate(&end_));
+  note(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
+  const char* const failed = launches(stream_);
+  cudaGraph_t graph = nullptr;
+  note(cudaStreamEndCapture(stream_, &graph));
+  if (failed != nullptr) error_ = failed;
+  if (error_ == nullptr) note(cudaGraphInstantiate(&graph_, graph, 0));
+  if (graph != nullptr) cudaGraphDestroy(graph);
+}
+
+Replay::~Replay() {
+  if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  cudaEventDestroy(begin_);
+  cudaEventDestroy(end_);
+  cudaStreamDestroy(stream_);
+}
+
+float Replay::run(int times) {
+  float ms = 0;
+  if (error_ != nullptr) return ms;
+  note(cudaEventRecord(begin_, stream_));
+  for (int i = 0; i < times; ++i) note(cudaGraphLaunch(graph_, stream_));
+  note(cudaEventRecord(end_, stream_));
+  note(cudaStreamSynchronize(stream_));
+  note(cudaEventElapsedTime(&ms, begin_, end_));
+  return ms;
+}
+
+void Replay::note(cudaError_t status) {
+  if (status != cudaSuccess && error_ == nullptr) error_ = cudaGetErrorString(status);
+}
+
+}  // namespace flashmla::runner
