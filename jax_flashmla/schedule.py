@@ -6,6 +6,9 @@ device kernel and the host C++ in `cuda/schedule/` compute the same integers.
 The requests are laid end to end on one line of cost, `REQUEST_COST` for each request and one for
 each of its pages, and the line is cut into equal shares, a little larger than need be if that makes
 fewer pieces. A cut inside a request's own cost is a cut before its first page.
+
+Or requests stand apart: each gets as many parts of its own as it has shares of pages. No part then
+has the end of one and the beginning of another, which is better where there are parts enough.
 """
 
 from typing import NamedTuple
@@ -17,11 +20,10 @@ from jax_flashmla import _dispatch
 from jax_flashmla._shapes import PAGE_SIZE, TileSchedulerMetaDataSize
 
 REQUEST_COST = 2  # in pages: what starting a request costs a part beside its pages
-MIN_SHARE = 2  # in pages: no part gets less, so that few pages are not split into crumbs
 PIECE_COST = 3  # in pages: what a piece, whole or split, costs its part when shares are compared
 MERGE_COST = 6  # in pages: what a step pays for merging splits
 SHARE_CANDIDATES = 9  # shares compared: the least possible and the next ones
-MAX_CANDIDATE_BATCH = 1024  # beyond it the least share is taken
+MAX_CANDIDATE_BATCH = 1024  # beyond it: the least share, on one line
 ROW_TILE = 64  # packed query rows that one CTA works on
 INT32_MAX = 2**31 - 1
 
@@ -67,15 +69,15 @@ def plan(cache_seqlens: jax.Array, num_sm_parts: int) -> Schedule:
     (batch,) = cache_seqlens.shape
     ends = jnp.cumsum(_costs(cache_seqlens), dtype=jnp.int32)  # [b], the line of cost
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])  # [b + 1], starts[b] = total
-    share = _share(starts, num_sm_parts)
-    first_shares = (starts[:-1] + REQUEST_COST) // share  # [b], the share of each first page
-    idx, page = _boundaries(starts, share, num_sm_parts)
+    starts, cutting = _cutting(starts, num_sm_parts)
+    first_shares = (starts[:-1] + cutting.request_cost) // cutting.share  # [b], of first pages
+    idx, page = _boundaries(starts, cutting, num_sm_parts)
     parts = jnp.arange(num_sm_parts, dtype=jnp.int32)
     begun = jnp.minimum(idx[:-1], batch - 1)  # idle parts begin past the last request
     begin_split = jnp.where(page[:-1] > 0, parts - first_shares[begun], 0)
     unused = jnp.zeros((num_sm_parts, TileSchedulerMetaDataSize - 5), jnp.int32)
     columns = jnp.stack([idx[:-1], page[:-1], idx[1:], page[1:], begin_split], axis=1)
-    splits = jnp.cumsum(_splits(starts, share), dtype=jnp.int32)
+    splits = jnp.cumsum(_splits(starts, cutting), dtype=jnp.int32)
     num_splits = jnp.concatenate([jnp.zeros(1, jnp.int32), splits])
     return Schedule(jnp.concatenate([columns, unused], axis=1), num_splits)
 
@@ -88,34 +90,64 @@ def _costs(cache_seqlens: jax.Array) -> jax.Array:
     return REQUEST_COST + jnp.minimum(pages, page_cap)
 
 
-def _share(starts: jax.Array, num_sm_parts: int) -> jax.Array:
-    """Returns the cost of each part: the least possible, or a little more for fewer pieces."""
+class _Cutting(NamedTuple):
+    """How a line is cut: part p begins at p * share."""
+
+    share: jax.Array
+    request_cost: jax.Array | int  # before a request's first page
+    unit_pages: jax.Array | int  # pages per unit of cost
+
+
+def _cutting(starts: jax.Array, num_sm_parts: int) -> tuple[jax.Array, _Cutting]:
+    """Returns the line to cut and how: shares as small as possible, or larger for fewer pieces."""
     batch = starts.shape[0] - 1
-    least = jnp.maximum(_ceil_div(starts[-1], num_sm_parts), MIN_SHARE)
+    least = _ceil_div(starts[-1], num_sm_parts)
     if batch > MAX_CANDIDATE_BATCH:
-        return least
+        return starts, _Cutting(least, REQUEST_COST, 1)
     more = jnp.arange(SHARE_CANDIDATES, dtype=jnp.int32)
-    pieces = _splits(starts[:, None], (least + more)[None]).sum(axis=0, dtype=jnp.int32)
-    merge = jnp.where(pieces > batch, MERGE_COST, 0)
-    return least + jnp.argmin((more + merge) * num_sm_parts + PIECE_COST * pieces).astype(jnp.int32)
+    shares = least + more
+
+    def cost(pieces: jax.Array) -> jax.Array:
+        merge = jnp.where(pieces > batch, MERGE_COST, 0)
+        return (more + merge) * num_sm_parts + PIECE_COST * pieces
+
+    row = _Cutting(shares[None], REQUEST_COST, 1)
+    pieces_in_row = _splits(starts[:, None], row).sum(axis=0, dtype=jnp.int32)
+    pieces_apart = _parts_apart(starts[:, None], shares[None]).sum(axis=0, dtype=jnp.int32)
+    cost_apart = jnp.where(pieces_apart <= num_sm_parts, cost(pieces_apart), INT32_MAX)
+    choice = jnp.argmin(jnp.stack([cost_apart, cost(pieces_in_row)], axis=1)).astype(jnp.int32)
+    share, apart = least + choice // 2, choice % 2 == 0
+    parts = jnp.cumsum(_parts_apart(starts, share), dtype=jnp.int32)
+    line_apart = jnp.concatenate([jnp.zeros(1, jnp.int32), parts])
+    cutting = _Cutting(
+        jnp.where(apart, 1, share), jnp.where(apart, 0, REQUEST_COST), jnp.where(apart, share, 1)
+    )
+    return jnp.where(apart, line_apart, starts), cutting
 
 
-def _splits(starts: jax.Array, share: jax.Array) -> jax.Array:
+def _parts_apart(starts: jax.Array, share: jax.Array) -> jax.Array:
+    """Returns how many parts of its own each request takes, at least one."""
+    pages = starts[1:] - starts[:-1] - REQUEST_COST
+    return 1 + jnp.maximum(pages - 1, 0) // share
+
+
+def _splits(starts: jax.Array, cutting: _Cutting) -> jax.Array:
     """Returns how many splits each request has: one more than the cuts behind its first page."""
-    return 1 + jnp.maximum(0, (starts[1:] - 1) // share - (starts[:-1] + REQUEST_COST) // share)
+    first_pages = starts[:-1] + cutting.request_cost
+    return 1 + jnp.maximum(0, (starts[1:] - 1) // cutting.share - first_pages // cutting.share)
 
 
 def _boundaries(
-    starts: jax.Array, share: jax.Array, num_sm_parts: int
+    starts: jax.Array, cutting: _Cutting, num_sm_parts: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns request and page at each of the `num_sm_parts + 1` cuts, (b, 0) past the end."""
     batch, total = starts.shape[0] - 1, starts[-1]
     parts = jnp.arange(num_sm_parts + 1, dtype=jnp.int32)
-    last = (total - 1) // share  # the last cut before the end; no later one is multiplied out
-    cut = jnp.minimum(parts, last) * share
+    last = (total - 1) // cutting.share  # the last cut before the end; no later one is multiplied
+    cut = jnp.minimum(parts, last) * cutting.share
     before = starts[None, 1:] <= cut[:, None]  # [num_sm_parts + 1, b], whole requests before a cut
     idx = before.sum(axis=1, dtype=jnp.int32)
-    page = jnp.maximum(0, cut - starts[idx] - REQUEST_COST)
+    page = jnp.maximum(0, cut - starts[idx] - cutting.request_cost) * cutting.unit_pages
     inside = parts <= last
     return jnp.where(inside, idx, batch), jnp.where(inside, page, 0)
 

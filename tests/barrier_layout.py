@@ -34,10 +34,12 @@ SPEAKING_LANES = 8  # of a warp: one for each pair of rows
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One request's pages of a part, perhaps none; `tail`: the last page is not full."""
+    """One request's pages of a part, perhaps none; `tail`: the last page is not full; `split`:
+    other parts have more of the request."""
 
     pages: int
     tail: bool = False
+    split: bool = False
 
 
 def add_barriers(m: Machine) -> None:

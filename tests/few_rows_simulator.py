@@ -220,7 +220,7 @@ class ValuesWarp(Role):
                 last = page + 1 == item.pages
                 reading = yield from self.issue_page(tail=item.tail and last)
                 if last:
-                    yield from self.last_page(i, reading)
+                    yield from self.last_page(i, item, reading)
                 else:
                     yield from self.finish_page(reading)
                 self.page += 1
@@ -252,16 +252,11 @@ class ValuesWarp(Role):
             self.m.end_read(regions)
             yield from self.m.arrive("part_empty", slot)
 
-    def last_page(self, i: int, reading: list[Reading]) -> Step:
-        yield from self.wait_for_sums(i)  # [7]
-        staged: list[Region] = []
-        for part, slot in enumerate(self.part_slots()):  # [8]
-            self.m.end_read(reading[part])
-            yield from self.meet()
-            regions = self.stage(part, slot)
-            for region in regions:
-                yield from self.m.write(region, ("out", i))
-            staged += regions
+    def last_page(self, i: int, item: Item, reading: list[Reading]) -> Step:
+        stage = self.stage_split if item.split else self.stage_whole
+        yield from stage(i, reading)
+        slots = enumerate(self.part_slots())
+        staged = [region for part, slot in slots for region in self.stage(part, slot)]
         yield from self.m.fence("out", staged)
         yield from self.meet()
         for slot in self.part_slots():  # [9]
@@ -269,6 +264,26 @@ class ValuesWarp(Role):
                 yield from self.read(self.m.region("tail", slot, w), ("out", i))
         for slot in self.part_slots():
             yield from self.m.arrive("part_empty", slot)
+
+    def stage_whole(self, i: int, reading: list[Reading]) -> Step:
+        yield from self.wait_for_sums(i)  # [7]
+        for part, slot in enumerate(self.part_slots()):  # [8]
+            self.m.end_read(reading[part])
+            yield from self.meet()
+            for region in self.stage(part, slot):
+                yield from self.m.write(region, ("out", i))
+
+    def stage_split(self, i: int, reading: list[Reading]) -> Step:
+        for regions in reading:
+            self.m.end_read(regions)
+        yield from self.m.write(self.m.region("magnitudes", self.warp), ("most", i))
+        yield from self.meet()
+        yield from self.wait_for_sums(i)  # [7]
+        for w in WARPS:
+            yield from self.read(self.m.region("magnitudes", w), ("most", i))
+        for part, slot in enumerate(self.part_slots()):  # [8]
+            for region in self.stage(part, slot):
+                yield from self.m.write(region, ("out", i))
 
     def stage(self, part: int, slot: int) -> list[Region]:
         """Every warp stages its columns of all rows; the first stands for the rest of the part."""

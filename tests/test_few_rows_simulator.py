@@ -8,7 +8,7 @@ import random
 import pytest
 from barrier_layout import Item
 from barrier_machine import NO_FAULTS, Faults, Step, Violation
-from few_rows_simulator import CONSTANTS, Reading, ScoresWarp, ValuesWarp, simulate
+from few_rows_simulator import CONSTANTS, WARPS, Reading, ScoresWarp, ValuesWarp, simulate
 
 ITEM_LISTS = {
     "nothing": [],
@@ -17,11 +17,19 @@ ITEM_LISTS = {
     "one page": [Item(1, tail=True)],
     "single pages": [Item(1, tail=True)] * 6,
     "mixed": [Item(3, tail=True), Item(2), Item(1, tail=True), Item(5)],
-    "a long split": [Item(13)],
+    "a long split": [Item(13, split=True)],
+    "short splits": [Item(1, split=True)] * 6,
 }
 SLOTS = sorted({CONSTANTS[f"slots_{rows}"] for rows in (8, 16, 24, 32)})
-MIXED = [Item(3, tail=True), Item(0), Item(1), Item(1, tail=True), Item(4, tail=True), Item(2)]
-SHORT = [Item(pages) for pages in (0, 1, 0, 0, 1, 1, 0, 1, 1, 1)]
+MIXED = [
+    Item(3, tail=True, split=True),
+    Item(0),
+    Item(1),
+    Item(1, tail=True, split=True),
+    Item(4, tail=True),
+    Item(2, split=True),
+]
+SHORT = [Item(pages, split=pages > 0) for pages in (0, 1, 0, 0, 1, 1, 0, 1, 1, 1)]
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -35,7 +43,10 @@ def test_protocol_holds(name: str, slots: int) -> None:
 def test_protocol_holds_on_random_items(seed: int) -> None:
     rng = random.Random(seed)
     for interleaving in range(20):
-        items = [Item(rng.choice([0, 1, 1, 2, 3, 4, 7]), rng.random() < 0.5) for _ in range(6)]
+        items = [
+            Item(rng.choice([0, 1, 1, 2, 3, 4, 7]), rng.random() < 0.5, rng.random() < 0.5)
+            for _ in range(6)
+        ]
         simulate(items, interleaving, rng.choice(SLOTS))
 
 
@@ -133,8 +144,19 @@ class ForgottenSums(ScoresWarp):
             yield from super().end_item(i)
 
 
+class LoneScale(ValuesWarp):
+    """A split's rows are scaled by the warp's own columns before the others have told theirs."""
+
+    def stage_split(self, i: int, reading: list[Reading]) -> Step:
+        for w in WARPS:
+            if w != self.warp:
+                yield from self.read(self.m.region("magnitudes", w), ("most", i))
+        yield from super().stage_split(i, reading)
+
+
 def test_a_mistaken_role_is_found() -> None:
     assert found(values_warp=EarlyPart)
+    assert found(values_warp=LoneScale)
     assert found(values_warp=EarlyValues)
     assert found(scores_warp=EarlyQuery)
     assert found(scores_warp=ForgottenSums)

@@ -14,7 +14,6 @@ from jax_flashmla import _dispatch
 from jax_flashmla.schedule import (
     MAX_CANDIDATE_BATCH,
     MERGE_COST,
-    MIN_SHARE,
     PIECE_COST,
     REQUEST_COST,
     SHARE_CANDIDATES,
@@ -38,19 +37,34 @@ def split_count(start: int, end: int, share: int) -> int:
     return 1 + len(cuts)
 
 
-def best_share(starts: list[int], parts: int) -> int:
-    """The candidate that costs least, summed over the parts; the first of equal ones."""
-    least = max(-(-starts[-1] // parts), MIN_SHARE)
-    batch = len(starts) - 1
-    if batch > MAX_CANDIDATE_BATCH:
-        return least
+def parts_apart(pages: list[int], share: int) -> list[int]:
+    """The parts of its own that each request takes."""
+    return [max(1, -(-count // share)) for count in pages]
 
-    def cost(share: int) -> int:
-        pieces = sum(split_count(*ends, share) for ends in itertools.pairwise(starts))
+
+def best_cutting(pages: list[int], starts: list[int], parts: int) -> tuple[int, bool]:
+    """The candidate that costs least, summed over the parts, and whether requests stand apart.
+
+    The first of equal ones; of a share's two ways apart.
+    """
+    least = -(-starts[-1] // parts)
+    batch = len(pages)
+    if batch > MAX_CANDIDATE_BATCH:
+        return least, False
+
+    def cost(candidate: tuple[int, bool]) -> float:
+        share, apart = candidate
+        if apart:
+            pieces = sum(parts_apart(pages, share))
+            if pieces > parts:
+                return float("inf")
+        else:
+            pieces = sum(split_count(*ends, share) for ends in itertools.pairwise(starts))
         merge = MERGE_COST if pieces > batch else 0
         return (share - least + merge) * parts + PIECE_COST * pieces
 
-    return min(range(least, least + SHARE_CANDIDATES), key=cost)
+    shares = range(least, least + SHARE_CANDIDATES)
+    return min(itertools.product(shares, (True, False)), key=cost)
 
 
 def expected(lengths: list[int], parts: int) -> tuple[list[list[int]], list[int]]:
@@ -59,7 +73,28 @@ def expected(lengths: list[int], parts: int) -> tuple[list[list[int]], list[int]
     starts = [0]
     for count in pages:
         starts.append(starts[-1] + REQUEST_COST + count)
-    share = best_share(starts, parts)
+    share, apart = best_cutting(pages, starts, parts)
+    return (
+        expected_apart(pages, share, parts) if apart else expected_row(pages, starts, share, parts)
+    )
+
+
+def expected_apart(pages: list[int], share: int, parts: int) -> tuple[list[list[int]], list[int]]:
+    """Each request by its own parts, of `share` pages."""
+    cuts = [
+        (request, k * share, k)
+        for request, count in enumerate(parts_apart(pages, share))
+        for k in range(count)
+    ]
+    cuts += [(len(pages), 0, 0)] * (parts + 1 - len(cuts))
+    rows = [[*begin[:2], *end[:2], begin[2], 0, 0, 0] for begin, end in itertools.pairwise(cuts)]
+    return rows, [0, *itertools.accumulate(parts_apart(pages, share))]
+
+
+def expected_row(
+    pages: list[int], starts: list[int], share: int, parts: int
+) -> tuple[list[list[int]], list[int]]:
+    """Cuts at multiples of the share."""
 
     def boundary(part: int) -> tuple[int, int, int]:
         cut = part * share
@@ -151,7 +186,7 @@ def test_no_part_gets_more_than_its_share(lengths: list[int], parts: int) -> Non
     pages = pages_of(lengths)
     rows, _ = planned(lengths, parts)
     total = sum(pages) + REQUEST_COST * len(pages)
-    share = max(-(-total // parts), MIN_SHARE)
+    share = -(-total // parts)
     for pieces in walk(rows, pages):
         cost = sum(last - first for _, first, last, _ in pieces)
         own = [request for request, first, _, _ in pieces if first == 0]
@@ -162,6 +197,19 @@ def test_no_part_gets_more_than_its_share(lengths: list[int], parts: int) -> Non
 def test_requests_stay_whole_where_that_costs_little(batch: int, length: int, parts: int) -> None:
     _, num_splits = planned([length] * batch, parts)
     np.testing.assert_array_equal(num_splits, np.arange(batch + 1))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "parts", "splits"),
+    [(16, 4096, 132, 8), (4, 16384, 66, 16), (2, 6400, 4, 2)],
+)
+def test_requests_stand_apart_where_there_are_parts_enough(
+    batch: int, length: int, parts: int, splits: int
+) -> None:
+    pages = pages_of([length] * batch)
+    rows, num_splits = planned([length] * batch, parts)
+    np.testing.assert_array_equal(np.diff(num_splits), splits)
+    assert all(len(pieces) <= 1 for pieces in walk(rows, pages))
 
 
 @settings(max_examples=60, deadline=None)

@@ -75,6 +75,10 @@ __device__ __forceinline__ float partial_scale(float most) {
   return __int_as_float((2 * kBias + kTopExponent - exponent) << 23);
 }
 
+__device__ __forceinline__ float inverse_power(float power_of_two) {
+  return __int_as_float((2 * 127 << 23) - __float_as_int(power_of_two));
+}
+
 // The largest of a row's values.
 __device__ __forceinline__ float row_magnitude(const float (&out)[128], int which) {
   float most = 0.f;
@@ -107,7 +111,7 @@ __device__ __forceinline__ void store_item(const Arguments& a, const BlockPlace&
       factor *= scale;
       if (speaks) {
         PartialRow& partial = a.params.partial_rows[target];
-        partial.scale[half] = 1.f / scale;
+        partial.scale[half] = inverse_power(scale);
         if (half == kLeftHalf) partial.lse = result.lse[which];
       }
     }

@@ -35,7 +35,7 @@ struct Storage {
   alignas(1024) uint8_t query[kQkTiles][sm90::kTileBytes];              // [9][64 rows][64 columns]
   alignas(1024) uint8_t pages[kPageSlots][kQkTiles][sm90::kTileBytes];  // [2][9][64 tokens][64]
   alignas(1024) uint8_t even_weights[sm90::kTileBytes];                 // P of an even page
-  // P of an odd page replaces the rope tile of the even page before it.
+  // P of an odd page replaces that page's rope tile.
   float reference[2][kRowTile];   // of the softmax after the last even / odd page that moved it
   float row_sum[2][2][kRowTile];  // by item parity, then half: sums of weights at an item's end
   int reference_moved[2][kWarpsPerWarpgroup];  // by the last even / odd page, for a warp's rows

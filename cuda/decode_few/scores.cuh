@@ -113,16 +113,7 @@ class Scores {
     softmax_.warp_max(scores_, most);
     if (speaks_for_rows()) store_rows<kRows>(by_warp[warp()], most);
     sm90::named_barrier_sync(kScoreWarps, kWarpgroup);
-    load_rows<kRows>(most, by_warp[0]);
-#pragma unroll
-    for (int other = 1; other < kWarpsPerWarpgroup; ++other) {
-      RowValues<kRows> theirs;
-      load_rows<kRows>(theirs, by_warp[other]);
-#pragma unroll
-      for (int i = 0; i < kRows / 4; ++i) {
-        most[i / 2][i % 2] = fmaxf(most[i / 2][i % 2], theirs[i / 2][i % 2]);
-      }
-    }
+    max_warps<kRows>(by_warp, most);
   }
 
   // Keys from a row's limit on are invisible to it.

@@ -47,18 +47,40 @@ __device__ __forceinline__ void load_rows(RowValues<kRows>& values, const float 
   }
 }
 
-// The sum over the four warps' values.
-template <int kRows>
-__device__ __forceinline__ void add_warps(const float (&by_warp)[kWarpsPerWarpgroup][kRows],
-                                          RowValues<kRows>& sum) {
-  load_rows<kRows>(sum, by_warp[0]);
+// The largest value of the lanes that share a row.
+__device__ __forceinline__ float max_of_row(float value) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, lanes));
+  }
+  return value;
+}
+
+// One value for each row of the four warps' values.
+template <int kRows, class Join>
+__device__ __forceinline__ void join_warps(const float (&by_warp)[kWarpsPerWarpgroup][kRows],
+                                           RowValues<kRows>& joined, Join join) {
+  load_rows<kRows>(joined, by_warp[0]);
 #pragma unroll
   for (int warp = 1; warp < kWarpsPerWarpgroup; ++warp) {
     RowValues<kRows> theirs;
     load_rows<kRows>(theirs, by_warp[warp]);
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) sum[i / 2][i % 2] += theirs[i / 2][i % 2];
+    for (int i = 0; i < kRows / 4; ++i) {
+      joined[i / 2][i % 2] = join(joined[i / 2][i % 2], theirs[i / 2][i % 2]);
+    }
   }
+}
+
+template <int kRows>
+__device__ __forceinline__ void add_warps(const float (&by_warp)[kWarpsPerWarpgroup][kRows],
+                                          RowValues<kRows>& sum) {
+  join_warps<kRows>(by_warp, sum, [](float a, float b) { return a + b; });
+}
+template <int kRows>
+__device__ __forceinline__ void max_warps(const float (&by_warp)[kWarpsPerWarpgroup][kRows],
+                                          RowValues<kRows>& most) {
+  join_warps<kRows>(by_warp, most, [](float a, float b) { return fmaxf(a, b); });
 }
 
 template <int kRows>
@@ -86,12 +108,8 @@ struct Softmax {
     for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        float value = fmaxf(scores[block * 4 + which], scores[block * 4 + 2 + which]);
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-          value = fmaxf(value, __shfl_xor_sync(~0u, value, lanes));
-        }
-        most[block][which] = value;
+        most[block][which] =
+            max_of_row(fmaxf(scores[block * 4 + which], scores[block * 4 + 2 + which]));
       }
     }
   }

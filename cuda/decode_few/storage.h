@@ -44,15 +44,16 @@ FLASHMLA_HOST_DEVICE constexpr int arrivals(int index) {
 // Named barriers; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
   kScoreWarps = 1,  // the four warps of the scores, when all have theirs
-  kValueWarps = 2,  // the four warps of the values, before and after they stage a part's output
+  kValueWarps = 2,  // the four warps of the values, before and after they stage output
 };
 
 // What a block keeps beside page parts and query tiles.
 template <int kRows, int kSlots>
 struct SmallStorage {
-  float page_max[2][kWarpsPerWarpgroup][kRows];  // by page parity: maxima of 16 tokens each
-  float factors[kWeightSlots][kRows];            // what the values so far are multiplied by
-  float row_sum[2][kWarpsPerWarpgroup][kRows];   // by item parity: sums of weights at its end
+  float page_max[2][kWarpsPerWarpgroup][kRows];    // by page parity: maxima of 16 tokens each
+  float factors[kWeightSlots][kRows];              // what the values so far are multiplied by
+  float row_sum[2][kWarpsPerWarpgroup][kRows];     // by item parity: sums of weights at its end
+  float magnitudes[2][kWarpsPerWarpgroup][kRows];  // of a split's output, by half of the columns
   Barriers<kSlots> barriers;
   decode::Assignment assignments[2];  // by item parity: the query loader's word to math
 };

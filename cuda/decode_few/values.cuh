@@ -108,43 +108,104 @@ class Values {
     release(barriers_.part_empty[slots_[2]]);
   }
 
-  // The output takes the place of the item's last page, part by part while later parts are still
-  // at work.
+  // The output takes the place of the item's last page.
   __device__ __forceinline__ void last_page(const Target& target) {
     issue_page();
-    RowValues<kRows> factor;
-    wait_for_sums(factor);  // [7]
-    target.whole() ? store_item<T>(target, factor) : store_item<float>(target, factor);
-#pragma unroll
-    for (const uint32_t slot : slots_) release(barriers_.part_empty[slot]);
-  }
-
-  template <class Stored>
-  __device__ __forceinline__ void store_item(const Target& target, const RowValues<kRows>& factor) {
-    Stage<Stored> stage;
+    Stage stage;
 #pragma unroll
     for (int part = 0; part < kPageParts; ++part) {
       stage.parts[part] = sm90::shared_address(storage_.parts[slots_[part]]);
     }
+    target.whole() ? stage_whole(stage) : stage_split(stage, target);
+    sm90::async_proxy_fence();  // TMA will write there next
+    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
+    if (target.exists()) store_rows_staged(stage, target);  // [9]
+#pragma unroll
+    for (const uint32_t slot : slots_) release(barriers_.part_empty[slot]);
+  }
+
+  // As T, part by part while later parts are still at work.
+  __device__ __forceinline__ void stage_whole(const Stage& stage) {
+    RowValues<kRows> factor;
+    wait_for_sums(factor);          // [7]
     finish_part<0>(stage, factor);  // [8]
     finish_part<1>(stage, factor);
     finish_part<2>(stage, factor);
     static_assert(kPageParts == 3);
-    sm90::async_proxy_fence();  // TMA will write there next
-    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
-    if (target.exists()) StagedRows<Stored>(stage, target).store();  // [9]
   }
 
-  template <int kPart, class Stored>
-  __device__ __forceinline__ void finish_part(const Stage<Stored>& stage,
-                                              const RowValues<kRows>& factor) {
+  template <int kPart>
+  __device__ __forceinline__ void finish_part(const Stage& stage, const RowValues<kRows>& factor) {
     sm90::wgmma_wait<kPageParts - 1 - kPart>();
 #pragma unroll
     for (int tile = 0; tile < part_value_tiles(kPart); ++tile) {
       sm90::pin_registers(out_[kPart * kPartTiles + tile]);
     }
     sm90::named_barrier_sync(kValueWarps, kWarpgroup);  // all are done with the part's values
-    stage_part<kPart, kRows>(stage, out_, factor);
+#pragma unroll
+    for (int tile = kPart * kPartTiles; tile < kPart * kPartTiles + part_value_tiles(kPart);
+         ++tile) {
+#pragma unroll
+      for (int block = 0; block < kRows / 8; ++block) {
+        stage_rows<T, kRows>(stage, out_, tile, block, factor[block]);
+      }
+    }
+  }
+
+  // As float16, each half of a row scaled by its largest value among all warps' columns.
+  __device__ __forceinline__ void stage_split(const Stage& stage, const Target& target) {
+    constexpr int kHalfTiles = kValueTiles / 2;
+    auto& magnitudes = storage_.small.magnitudes;
+    sm90::wgmma_wait<0>();
+    pin_out();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      RowValues<kRows> most;
+      warp_magnitudes<kRows>(out_, half, most);
+      if (speaks_for_rows()) store_rows<kRows>(magnitudes[half][warp()], most);
+    }
+    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
+    RowValues<kRows> factor;
+    wait_for_sums(factor);  // [7]
+#pragma unroll
+    for (int block = 0; block < kRows / 8; ++block) {  // [8]
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float scaled[2] = {factor[block][0], factor[block][1]};
+        scale_rows(target, half, block, scaled);
+#pragma unroll
+        for (int tile = half * kHalfTiles; tile < (half + 1) * kHalfTiles; ++tile) {
+          stage_rows<__half, kRows>(stage, out_, tile, block, scaled);
+        }
+      }
+    }
+  }
+
+  // Includes in a thread's rows' factors what brings a half of the columns into float16's range.
+  // Leaves what undoes it to combine.
+  __device__ __forceinline__ void scale_rows(const Target& target, int half, int block,
+                                             float (&factor)[2]) {
+    const auto& magnitudes = storage_.small.magnitudes[half];
+    const int row = fragment_query_row(block);
+    float2 most = {0.f, 0.f};
+#pragma unroll
+    for (int other = 0; other < kWarpsPerWarpgroup; ++other) {
+      const float2 theirs = *reinterpret_cast<const float2*>(&magnitudes[other][row]);
+      most = {fmaxf(most.x, theirs.x), fmaxf(most.y, theirs.y)};
+    }
+    const bool speaks = warp() == half && speaks_for_rows() && target.exists();
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const float scale = decode::partial_scale((which == 0 ? most.x : most.y) * factor[which]);
+      factor[which] *= scale;
+      if (speaks && row + which < target.rows()) {
+        target.partial(row + which).scale[half] = decode::inverse_power(scale);
+      }
+    }
+  }
+
+  __device__ static __forceinline__ int warp() {
+    return static_cast<int>(threadIdx.x) / 32 % kWarpsPerWarpgroup;
   }
 
   __device__ __forceinline__ void no_page(const Target& target) {

@@ -1,7 +1,8 @@
 // The schedule on the device: one block, once per decode step, shared by all layers.
 //
 // 1. Prefix sums of the requests' costs: the line of cost, where each request begins.
-// 2. The share: each warp counts the pieces that one candidate cuts the batch into.
+// 2. The share: each warp counts the pieces that one candidate cuts the batch into. If requests
+//    stand apart: the line that is cut then.
 // 3. The cuts: each thread finds the request that its cut falls into.
 // 4. Prefix sums of the split counts: num_splits.
 //
@@ -38,7 +39,7 @@ struct Block {
   struct Storage {
     alignas(16) int line[kSmall ? kChunk + 1 : 1];  // behind the last request: the total
     int warp_sums[2][32];                           // by parity of the chunk
-    int candidate_costs[kShareCandidates];
+    int candidate_costs[2 * kShareCandidates];      // of each share: apart, in a row
     Divider candidates[kShareCandidates];
   };
 };
@@ -131,8 +132,8 @@ __device__ __forceinline__ Values<kWidth> load_costs(int first, const Arguments&
 
 // The splits of requests first, first + 1, …; 0 where there are none.
 template <int kWidth, bool kSmall>
-__device__ __forceinline__ Values<kWidth> count_splits(const int* line, int first, Divider share,
-                                                       const Arguments& a) {
+__device__ __forceinline__ Values<kWidth> count_splits(const int* line, int first,
+                                                       const Cutting& cutting, const Arguments& a) {
   const int batch = a.params.batch;
   const int end = line[kSmall ? first + kWidth : min(first + kWidth, batch)];
   Values<kWidth> values = kSmall ? *reinterpret_cast<const Values<kWidth>*>(line + first)
@@ -140,34 +141,70 @@ __device__ __forceinline__ Values<kWidth> count_splits(const int* line, int firs
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const int after = i + 1 < kWidth ? values.at[(i + 1) % kWidth] : end;
-    values.at[i] = (first + i < batch) + cuts_inside(values.at[i], after, share);
+    values.at[i] = (first + i < batch) + cuts_inside(values.at[i], after, cutting);
+  }
+  return values;
+}
+
+// The parts that requests first, first + 1, … take apart; 0 where there are none.
+template <int kWidth>
+__device__ __forceinline__ Values<kWidth> count_parts(const int* line, int first, Divider share,
+                                                      const Arguments& a) {
+  Values<kWidth> values;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const int request = first + i;
+    values.at[i] =
+        request < a.params.batch ? parts_apart(line[request], line[request + 1], share) : 0;
   }
   return values;
 }
 
 // The cheapest candidate: a warp counts the pieces of each.
 template <class B>
-__device__ __forceinline__ Divider compare_shares(typename B::Storage& storage, int least,
+__device__ __forceinline__ Cutting compare_shares(typename B::Storage& storage, int least,
                                                   const Arguments& a) {
   const int batch = a.params.batch;
+  const int parts = a.params.num_sm_parts;
   for (int c = warp_index(); c < kShareCandidates; c += B::kWarps) {
     const Divider share = make_divider(least + c);
     int pieces = 0;
+    int pieces_apart = 0;
 #pragma unroll 1
     for (int r = 4 * lane_index(); r < batch; r += 128) {
-      pieces += sum_of(count_splits<4, true>(storage.line, r, share, a));
+      pieces += sum_of(count_splits<4, true>(storage.line, r, in_a_row(share), a));
+      pieces_apart += sum_of(count_parts<4>(storage.line, r, share, a));
     }
     pieces = __reduce_add_sync(~0u, pieces);
+    pieces_apart = __reduce_add_sync(~0u, pieces_apart);
     if (lane_index() == 0) {
-      storage.candidate_costs[c] = candidate_cost(c, pieces, batch, a.params.num_sm_parts);
+      const int cost_apart = candidate_cost(c, pieces_apart, batch, parts);
+      storage.candidate_costs[2 * c] = pieces_apart <= parts ? cost_apart : kMaxInt;
+      storage.candidate_costs[2 * c + 1] = candidate_cost(c, pieces, batch, parts);
       storage.candidates[c] = share;
     }
   }
   __syncthreads();
   const int cost =
-      lane_index() < kShareCandidates ? storage.candidate_costs[lane_index()] : kMaxInt;
+      lane_index() < 2 * kShareCandidates ? storage.candidate_costs[lane_index()] : kMaxInt;
   const unsigned cheapest = __ballot_sync(~0u, cost == __reduce_min_sync(~0u, cost));
-  return storage.candidates[__ffs(static_cast<int>(cheapest)) - 1];
+  const int choice = __ffs(static_cast<int>(cheapest)) - 1;
+  const Divider share = storage.candidates[choice / 2];
+  return choice % 2 == 0 ? apart(share.divisor) : in_a_row(share);
+}
+
+// Makes the line that requests stand on apart of the line of cost; returns its end.
+template <class B, int kWidth>
+__device__ __forceinline__ int make_line_apart(typename B::Storage& storage, int share,
+                                               const Arguments& a) {
+  const int first = kWidth * thread_index();
+  int total = 0;
+  const auto parts = count_parts<kWidth>(storage.line, first, make_divider(share), a);
+  const auto sums = exclusive_sums<B::kWarps>(parts, storage.warp_sums[1], total);
+  *reinterpret_cast<Values<kWidth>*>(storage.line + first) = sums;
+  if (thread_index() == 0) storage.line[B::kChunk] = total;
+  __syncthreads();
+  return total;
 }
 
 // The request whose costs hold `cost`: the last that begins at or before it. Quarters the line.
@@ -221,14 +258,20 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const Arguments a) {
   __syncthreads();
 
   // 2. The share.
-  const Divider share = kSmall ? compare_shares<B>(storage, least, a) : make_divider(least);
+  Cutting cutting = in_a_row(make_divider(least));
+  if constexpr (kSmall) {
+    cutting = compare_shares<B>(storage, least, a);
+    if (cutting.request_cost == 0) {
+      total = make_line_apart<B, kWidth>(storage, cutting.unit_pages, a);
+    }
+  }
 
   // 3. The cuts, the last warps first: in a small batch the first ones are busy with step 4.
   for (int part = kThreads - 1 - thread_index(); part <= p.num_sm_parts; part += kThreads) {
     Cut cut = {p.batch, 0, 0};
-    if (!behind_the_end(part, share, total)) {
-      const int request = find_request(line, part * share.divisor, a);
-      cut = cut_inside(part, share, request, line[request]);
+    if (!behind_the_end(part, cutting, total)) {
+      const int request = find_request(line, part * cutting.share.divisor, a);
+      cut = cut_inside(part, cutting, request, line[request]);
     }
     write_cut(part, cut, p);
   }
@@ -239,7 +282,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const Arguments a) {
 #pragma unroll 1
   for (int chunk = 0, parity = 0; chunk < end; chunk += B::kChunk, parity ^= 1) {
     const int first = chunk + kWidth * thread_index();
-    const auto counts = count_splits<kWidth, kSmall>(line, first, share, a);
+    const auto counts = count_splits<kWidth, kSmall>(line, first, cutting, a);
     const auto sums = exclusive_sums<B::kWarps>(counts, storage.warp_sums[parity], splits);
     store(p.num_splits, first, sums, a);
   }

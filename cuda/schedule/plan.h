@@ -5,6 +5,9 @@
 // num_sm_parts pieces of equal cost; a little more than equal if that makes fewer pieces. A cut
 // inside a request splits it: the pieces become partial results that the combine kernel merges. A
 // cut in a request's fixed cost falls before its first page.
+//
+// Or requests stand apart: each gets as many parts of its own as it has shares of pages. No part
+// then has the end of one and the beginning of another, which is better where parts are enough.
 #pragma once
 
 #include "../host_device.h"
@@ -13,11 +16,10 @@
 namespace flashmla::schedule {
 
 inline constexpr int kRequestCost = 2;  // fixed cost of a request, in pages
-inline constexpr int kMinShare = 2;     // least cost worth a part of its own
 inline constexpr int kShareCandidates = 9;
 inline constexpr int kPieceCost = 3;  // what a piece, whole or split, costs its part, in pages
 inline constexpr int kMergeCost = 6;  // what merging splits costs a step, in pages
-inline constexpr int kMaxCandidateBatch = 1024;  // beyond it the least share is taken
+inline constexpr int kMaxCandidateBatch = 1024;  // beyond it: the least share, in a row
 inline constexpr int kMaxInt = 0x7FFFFFFF;
 
 FLASHMLA_HOST_DEVICE constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
@@ -56,8 +58,26 @@ FLASHMLA_HOST_DEVICE constexpr int request_cost(int length, int page_cap) {
 // cuts the batch into fewer pieces or spares the merge: candidate_cost weighs that.
 FLASHMLA_HOST_DEVICE constexpr int least_share(int total_cost, Divider num_sm_parts) {
   const int whole = num_sm_parts.quotient(total_cost);
-  const int share = whole + (whole * num_sm_parts.divisor != total_cost);
-  return share > kMinShare ? share : kMinShare;
+  return whole + (whole * num_sm_parts.divisor != total_cost);
+}
+
+// How the batch is cut: requests of known cost stand on a line, and part p begins at p * share.
+struct Cutting {
+  Divider share;
+  int request_cost;  // before a request's first page
+  int unit_pages;    // pages per unit of cost
+};
+
+FLASHMLA_HOST_DEVICE constexpr Cutting in_a_row(Divider share) { return {share, kRequestCost, 1}; }
+
+// A request's cost is then its parts_apart, a share is one.
+FLASHMLA_HOST_DEVICE constexpr Cutting apart(int share) { return {make_divider(1), 0, share}; }
+
+// Parts of its own that a request takes whose cost in a row is the interval [cost_before,
+// cost_after).
+FLASHMLA_HOST_DEVICE constexpr int parts_apart(int cost_before, int cost_after, Divider share) {
+  const int pages = cost_after - cost_before - kRequestCost;
+  return pages > 0 ? share.quotient(pages - 1) + 1 : 1;
 }
 
 // Where a part begins: the page of the request and how many cuts that request had before.
@@ -69,28 +89,33 @@ struct Cut {
 
 // Whether part `part` begins behind the last request (0 < part: part 0 never does unless batch =
 // 0).
-FLASHMLA_HOST_DEVICE constexpr bool behind_the_end(int part, Divider share, int total_cost) {
-  return part > share.quotient(total_cost - 1);  // part * share >= total_cost without overflow
+FLASHMLA_HOST_DEVICE constexpr bool behind_the_end(int part, const Cutting& cutting,
+                                                   int total_cost) {
+  return part >
+         cutting.share.quotient(total_cost - 1);  // part * share >= total_cost without overflow
 }
 
 // The cut at part * share, inside `request` whose cost begins at `cost_before`.
-FLASHMLA_HOST_DEVICE constexpr Cut cut_inside(int part, Divider share, int request,
+FLASHMLA_HOST_DEVICE constexpr Cut cut_inside(int part, const Cutting& cutting, int request,
                                               int cost_before) {
-  const int first_page_cost = cost_before + kRequestCost;
-  const int page = part * share.divisor - first_page_cost;
-  if (page <= 0) return {request, 0, 0};
-  return {request, page, part - share.quotient(first_page_cost)};
+  const int first_page_cost = cost_before + cutting.request_cost;
+  const int behind = part * cutting.share.divisor - first_page_cost;
+  if (behind <= 0) return {request, 0, 0};
+  return {request, behind * cutting.unit_pages, part - cutting.share.quotient(first_page_cost)};
 }
 
 // Cuts that fall behind the first page of a request whose cost is the interval [cost_before,
 // cost_after): one less than its splits. 0 for the interval [total_cost, total_cost).
-FLASHMLA_HOST_DEVICE constexpr int cuts_inside(int cost_before, int cost_after, Divider share) {
-  const int cuts = share.quotient(cost_after - 1) - share.quotient(cost_before + kRequestCost);
+FLASHMLA_HOST_DEVICE constexpr int cuts_inside(int cost_before, int cost_after,
+                                               const Cutting& cutting) {
+  const int cuts = cutting.share.quotient(cost_after - 1) -
+                   cutting.share.quotient(cost_before + cutting.request_cost);
   return cuts > 0 ? cuts : 0;
 }
 
 // What the candidate least_share + c costs, summed over the parts, given into how many pieces it
-// cuts the batch. The first of the cheapest is taken. Fits an int up to 2^26 parts.
+// cuts the batch, in a row or, where the pieces are at most as many as parts, apart. The first of
+// the cheapest is taken, of a share's two ways the latter. Fits an int up to 2^26 parts.
 FLASHMLA_HOST_DEVICE constexpr int candidate_cost(int c, int pieces, int batch, int num_sm_parts) {
   const int merge = pieces > batch ? kMergeCost : 0;
   return (c + merge) * num_sm_parts + kPieceCost * pieces;
