@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax_flashmla import _dispatch
 from jax_flashmla._shapes import PAGE_SIZE, TileSchedulerMetaDataSize
 
-REQUEST_COST = 2  # in pages: what starting a request costs a part beside its pages
-PIECE_COST = 3  # in pages: what a piece, whole or split, costs its part when shares are compared
-MERGE_COST = 6  # in pages: what a step pays for merging splits
+REQUEST_COST = 3  # in pages: what starting a request costs a part beside its pages
+PIECE_COST = 4  # in pages: what a piece, whole or split, costs its part when shares are compared
+MERGE_COST = 3  # in pages: what a step pays for merging splits
 SHARE_CANDIDATES = 9  # shares compared: the least possible and the next ones
 MAX_CANDIDATE_BATCH = 1024  # beyond it: the least share, on one line
 ROW_TILE = 64  # packed query rows that one CTA works on
@@ -106,21 +106,25 @@ def _cutting(starts: jax.Array, num_sm_parts: int) -> tuple[jax.Array, _Cutting]
         return starts, _Cutting(least, REQUEST_COST, 1)
     more = jnp.arange(SHARE_CANDIDATES, dtype=jnp.int32)
     shares = least + more
+    pages = jnp.maximum(least - REQUEST_COST, 1) + more  # of a part, where requests stand apart
 
-    def cost(pieces: jax.Array) -> jax.Array:
+    def cost(shares: jax.Array, pieces: jax.Array) -> jax.Array:
         merge = jnp.where(pieces > batch, MERGE_COST, 0)
-        return (more + merge) * num_sm_parts + PIECE_COST * pieces
+        return (shares - least + merge) * num_sm_parts + PIECE_COST * pieces
 
     row = _Cutting(shares[None], REQUEST_COST, 1)
     pieces_in_row = _splits(starts[:, None], row).sum(axis=0, dtype=jnp.int32)
-    pieces_apart = _parts_apart(starts[:, None], shares[None]).sum(axis=0, dtype=jnp.int32)
-    cost_apart = jnp.where(pieces_apart <= num_sm_parts, cost(pieces_apart), INT32_MAX)
-    choice = jnp.argmin(jnp.stack([cost_apart, cost(pieces_in_row)], axis=1)).astype(jnp.int32)
-    share, apart = least + choice // 2, choice % 2 == 0
-    parts = jnp.cumsum(_parts_apart(starts, share), dtype=jnp.int32)
+    pieces_apart = _parts_apart(starts[:, None], pages[None]).sum(axis=0, dtype=jnp.int32)
+    cost_apart = jnp.where(pieces_apart <= num_sm_parts, cost(pages, pieces_apart), INT32_MAX)
+    costs = jnp.stack([cost_apart, cost(shares, pieces_in_row)], axis=1)
+    choice = jnp.argmin(costs).astype(jnp.int32)
+    share, apart_pages, apart = shares[choice // 2], pages[choice // 2], choice % 2 == 0
+    parts = jnp.cumsum(_parts_apart(starts, apart_pages), dtype=jnp.int32)
     line_apart = jnp.concatenate([jnp.zeros(1, jnp.int32), parts])
     cutting = _Cutting(
-        jnp.where(apart, 1, share), jnp.where(apart, 0, REQUEST_COST), jnp.where(apart, share, 1)
+        jnp.where(apart, 1, share),
+        jnp.where(apart, 0, REQUEST_COST),
+        jnp.where(apart, apart_pages, 1),
     )
     return jnp.where(apart, line_apart, starts), cutting
 

@@ -48,6 +48,7 @@ def best_cutting(pages: list[int], starts: list[int], parts: int) -> tuple[int, 
     The first of equal ones; of a share's two ways apart.
     """
     least = -(-starts[-1] // parts)
+    first = {False: least, True: max(1, least - REQUEST_COST)}
     batch = len(pages)
     if batch > MAX_CANDIDATE_BATCH:
         return least, False
@@ -63,8 +64,8 @@ def best_cutting(pages: list[int], starts: list[int], parts: int) -> tuple[int, 
         merge = MERGE_COST if pieces > batch else 0
         return (share - least + merge) * parts + PIECE_COST * pieces
 
-    shares = range(least, least + SHARE_CANDIDATES)
-    return min(itertools.product(shares, (True, False)), key=cost)
+    candidates = itertools.product(range(SHARE_CANDIDATES), (True, False))
+    return min(((first[apart] + c, apart) for c, apart in candidates), key=cost)
 
 
 def expected(lengths: list[int], parts: int) -> tuple[list[list[int]], list[int]]:

@@ -40,7 +40,6 @@ struct Block {
     alignas(16) int line[kSmall ? kChunk + 1 : 1];  // behind the last request: the total
     int warp_sums[2][32];                           // by parity of the chunk
     int candidate_costs[2 * kShareCandidates];      // of each share: apart, in a row
-    Divider candidates[kShareCandidates];
   };
 };
 
@@ -168,20 +167,20 @@ __device__ __forceinline__ Cutting compare_shares(typename B::Storage& storage, 
   const int parts = a.params.num_sm_parts;
   for (int c = warp_index(); c < kShareCandidates; c += B::kWarps) {
     const Divider share = make_divider(least + c);
+    const Divider pages = make_divider(least_apart(least) + c);
     int pieces = 0;
     int pieces_apart = 0;
 #pragma unroll 1
     for (int r = 4 * lane_index(); r < batch; r += 128) {
       pieces += sum_of(count_splits<4, true>(storage.line, r, in_a_row(share), a));
-      pieces_apart += sum_of(count_parts<4>(storage.line, r, share, a));
+      pieces_apart += sum_of(count_parts<4>(storage.line, r, pages, a));
     }
     pieces = __reduce_add_sync(~0u, pieces);
     pieces_apart = __reduce_add_sync(~0u, pieces_apart);
     if (lane_index() == 0) {
-      const int cost_apart = candidate_cost(c, pieces_apart, batch, parts);
+      const int cost_apart = candidate_cost(pages.divisor - least, pieces_apart, batch, parts);
       storage.candidate_costs[2 * c] = pieces_apart <= parts ? cost_apart : kMaxInt;
       storage.candidate_costs[2 * c + 1] = candidate_cost(c, pieces, batch, parts);
-      storage.candidates[c] = share;
     }
   }
   __syncthreads();
@@ -189,8 +188,8 @@ __device__ __forceinline__ Cutting compare_shares(typename B::Storage& storage, 
       lane_index() < 2 * kShareCandidates ? storage.candidate_costs[lane_index()] : kMaxInt;
   const unsigned cheapest = __ballot_sync(~0u, cost == __reduce_min_sync(~0u, cost));
   const int choice = __ffs(static_cast<int>(cheapest)) - 1;
-  const Divider share = storage.candidates[choice / 2];
-  return choice % 2 == 0 ? apart(share.divisor) : in_a_row(share);
+  const int c = choice / 2;
+  return choice % 2 == 0 ? apart(least_apart(least) + c) : in_a_row(make_divider(least + c));
 }
 
 // Makes the line that requests stand on apart of the line of cost; returns its end.

@@ -15,10 +15,10 @@
 
 namespace flashmla::schedule {
 
-inline constexpr int kRequestCost = 2;  // fixed cost of a request, in pages
+inline constexpr int kRequestCost = 3;  // fixed cost of a request, in pages
 inline constexpr int kShareCandidates = 9;
-inline constexpr int kPieceCost = 3;  // what a piece, whole or split, costs its part, in pages
-inline constexpr int kMergeCost = 6;  // what merging splits costs a step, in pages
+inline constexpr int kPieceCost = 4;  // what a piece, whole or split, costs its part, in pages
+inline constexpr int kMergeCost = 3;  // what merging splits costs a step, in pages
 inline constexpr int kMaxCandidateBatch = 1024;  // beyond it: the least share, in a row
 inline constexpr int kMaxInt = 0x7FFFFFFF;
 
@@ -73,6 +73,11 @@ FLASHMLA_HOST_DEVICE constexpr Cutting in_a_row(Divider share) { return {share, 
 // A request's cost is then its parts_apart, a share is one.
 FLASHMLA_HOST_DEVICE constexpr Cutting apart(int share) { return {make_divider(1), 0, share}; }
 
+// The pages of a part in the first candidate: its request's fixed cost is in the least share.
+FLASHMLA_HOST_DEVICE constexpr int least_apart(int least_share) {
+  return least_share > kRequestCost ? least_share - kRequestCost : 1;
+}
+
 // Parts of its own that a request takes whose cost in a row is the interval [cost_before,
 // cost_after).
 FLASHMLA_HOST_DEVICE constexpr int parts_apart(int cost_before, int cost_after, Divider share) {
@@ -113,12 +118,14 @@ FLASHMLA_HOST_DEVICE constexpr int cuts_inside(int cost_before, int cost_after,
   return cuts > 0 ? cuts : 0;
 }
 
-// What the candidate least_share + c costs, summed over the parts, given into how many pieces it
-// cuts the batch, in a row or, where the pieces are at most as many as parts, apart. The first of
-// the cheapest is taken, of a share's two ways the latter. Fits an int up to 2^26 parts.
-FLASHMLA_HOST_DEVICE constexpr int candidate_cost(int c, int pieces, int batch, int num_sm_parts) {
+// What a candidate costs, summed over the parts, given how much more than the least share its own
+// is and into how many pieces it cuts the batch. Candidate c is a share of least_share + c in a
+// row, or of least_apart + c apart, if those pieces are at most as many as parts. The first of the
+// cheapest is taken, of the same c apart. Fits an int up to 2^26 parts.
+FLASHMLA_HOST_DEVICE constexpr int candidate_cost(int more, int pieces, int batch,
+                                                  int num_sm_parts) {
   const int merge = pieces > batch ? kMergeCost : 0;
-  return (c + merge) * num_sm_parts + kPieceCost * pieces;
+  return (more + merge) * num_sm_parts + kPieceCost * pieces;
 }
 
 // Workspace slot of split `split` of `request`: requests that are not split use none, so

@@ -40,13 +40,14 @@ inline Cutting serial_cutting(std::vector<int>& line, int num_sm_parts) {
   int best_cost = kMaxInt;
   for (int c = 0; c < kShareCandidates; ++c) {
     const Divider share = make_divider(least + c);
-    const std::vector<int> alone = serial_line_apart(row, share);
+    const int pages = least_apart(least) + c;
+    const std::vector<int> alone = serial_line_apart(row, make_divider(pages));
     int pieces = batch;
     for (int r = 0; r < batch; ++r) pieces += cuts_inside(row[r], row[r + 1], in_a_row(share));
-    const int cost_apart = candidate_cost(c, alone.back(), batch, num_sm_parts);
+    const int cost_apart = candidate_cost(pages - least, alone.back(), batch, num_sm_parts);
     const int cost = candidate_cost(c, pieces, batch, num_sm_parts);
     if (alone.back() <= num_sm_parts && cost_apart < best_cost) {
-      best = apart(share.divisor);
+      best = apart(pages);
       best_cost = cost_apart;
       line = alone;
     }
