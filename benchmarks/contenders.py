@@ -6,6 +6,7 @@ nothing is dead, merged or run side by side, and costs no operation of its own.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from workload import ROTATED_BYTES, SOFTMAX_SCALE, Inputs, Row
 
 from jax_flashmla import mla_decode
+from jax_flashmla._roofline import H200
 
 # (q_latent, q_rope, kv_cache, block_table, cache_seqlens, schedule) -> out
 Attend = Callable[..., jax.Array]
@@ -54,6 +56,7 @@ class Contender:
         min_calls: Calls per jit at least,
         max_calls: at most,
         run_bytes: and in between as many as touch this many KV bytes.
+        run_seconds: No more calls than take that long at the hardware's floor, but two.
     """
 
     name: str
@@ -61,10 +64,13 @@ class Contender:
     min_calls: int
     max_calls: int
     run_bytes: float
+    run_seconds: float = math.inf
 
     def calls(self, row: Row) -> int:
         """Calls in one run of the compiled chain; more KV sets than that take several runs."""
-        return max(self.min_calls, min(self.max_calls, round(self.run_bytes / row.work.kv_bytes)))
+        short = self.run_seconds / row.work.floor_seconds(H200)
+        least = int(min(self.min_calls, max(2, short)))
+        return max(least, min(self.max_calls, round(self.run_bytes / row.work.kv_bytes)))
 
     def compile(self, row: Row, inputs: Inputs, kv_cache: jax.Array) -> Chain:
         """Compiles a chain of calls; ``q_latent`` is donated, so that addresses never change."""
@@ -142,7 +148,10 @@ def gather_einsum(
 
 
 # Enough calls to leave nothing of a KV set in L2, to hide the start of a run, and to become a
-# command buffer (XLA wants five operations).
-OURS = Contender("jax_flashmla", ours, min_calls=8, max_calls=128, run_bytes=ROTATED_BYTES)
+# command buffer (XLA wants five operations); but a run is no longer than half a turn, or the card
+# is at its power limit before the turn begins.
+OURS = Contender(
+    "jax_flashmla", ours, min_calls=8, max_calls=128, run_bytes=ROTATED_BYTES, run_seconds=0.01
+)
 # Few: XLA compiles and tunes each call of a chain, and may gather for all of them at once.
 XLA = Contender("xla gather + einsum", gather_einsum, min_calls=1, max_calls=4, run_bytes=1e9)
