@@ -113,18 +113,17 @@ __device__ __forceinline__ void store_rows_staged(const Stage& stage, const Targ
   }
 }
 
-// The largest magnitudes of a thread's rows, in a half of the columns, among a warp's columns.
+// The largest magnitudes of a thread's rows among a warp's columns.
 template <int kRows>
-__device__ __forceinline__ void warp_magnitudes(const Output<kRows>& out, int half,
-                                                RowValues<kRows>& most) {
+__device__ __forceinline__ void warp_magnitudes(const Output<kRows>& out, RowValues<kRows>& most) {
 #pragma unroll
   for (int block = 0; block < kRows / 8; ++block) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       float value = 0.f;
 #pragma unroll
-      for (int tile = 0; tile < kValueTiles / 2; ++tile) {
-        const float* const values = out[half * (kValueTiles / 2) + tile] + block * 4 + which;
+      for (int tile = 0; tile < kValueTiles; ++tile) {
+        const float* const values = out[tile] + block * 4 + which;
         value = fmaxf(value, fmaxf(fabsf(values[0]), fabsf(values[2])));
       }
       most[block][which] = max_of_row(value);

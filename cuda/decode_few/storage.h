@@ -50,10 +50,10 @@ enum NamedBarrier : uint32_t {
 // What a block keeps beside page parts and query tiles.
 template <int kRows, int kSlots>
 struct SmallStorage {
-  float page_max[2][kWarpsPerWarpgroup][kRows];    // by page parity: maxima of 16 tokens each
-  float factors[kWeightSlots][kRows];              // what the values so far are multiplied by
-  float row_sum[2][kWarpsPerWarpgroup][kRows];     // by item parity: sums of weights at its end
-  float magnitudes[2][kWarpsPerWarpgroup][kRows];  // of a split's output, by half of the columns
+  float page_max[2][kWarpsPerWarpgroup][kRows];  // by page parity: maxima of 16 tokens each
+  float factors[kWeightSlots][kRows];            // what the values so far are multiplied by
+  float row_sum[2][kWarpsPerWarpgroup][kRows];   // by item parity: sums of weights at its end
+  float magnitudes[kWarpsPerWarpgroup][kRows];   // of a split's output, by half of the columns
   Barriers<kSlots> barriers;
   decode::Assignment assignments[2];  // by item parity: the query loader's word to math
 };

@@ -152,40 +152,30 @@ class Values {
     }
   }
 
-  // As float16, each half of a row scaled by its largest value among all warps' columns.
+  // As float16, a row scaled by its largest value among all warps' columns.
   __device__ __forceinline__ void stage_split(const Stage& stage, const Target& target) {
-    constexpr int kHalfTiles = kValueTiles / 2;
     auto& magnitudes = storage_.small.magnitudes;
     sm90::wgmma_wait<0>();
     pin_out();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      RowValues<kRows> most;
-      warp_magnitudes<kRows>(out_, half, most);
-      if (speaks_for_rows()) store_rows<kRows>(magnitudes[half][warp()], most);
-    }
-    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
     RowValues<kRows> factor;
+    warp_magnitudes<kRows>(out_, factor);
+    if (speaks_for_rows()) store_rows<kRows>(magnitudes[warp()], factor);
+    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
     wait_for_sums(factor);  // [7]
 #pragma unroll
     for (int block = 0; block < kRows / 8; ++block) {  // [8]
+      scale_rows(target, block, factor[block]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float scaled[2] = {factor[block][0], factor[block][1]};
-        scale_rows(target, half, block, scaled);
-#pragma unroll
-        for (int tile = half * kHalfTiles; tile < (half + 1) * kHalfTiles; ++tile) {
-          stage_rows<__half, kRows>(stage, out_, tile, block, scaled);
-        }
+      for (int tile = 0; tile < kValueTiles; ++tile) {
+        stage_rows<__half, kRows>(stage, out_, tile, block, factor[block]);
       }
     }
   }
 
-  // Includes in a thread's rows' factors what brings a half of the columns into float16's range.
-  // Leaves what undoes it to combine.
-  __device__ __forceinline__ void scale_rows(const Target& target, int half, int block,
-                                             float (&factor)[2]) {
-    const auto& magnitudes = storage_.small.magnitudes[half];
+  // Includes in a thread's rows' factors what brings them into float16's range. Leaves what undoes
+  // it to combine, which wants it for each half of the columns.
+  __device__ __forceinline__ void scale_rows(const Target& target, int block, float (&factor)[2]) {
+    const auto& magnitudes = storage_.small.magnitudes;
     const int row = fragment_query_row(block);
     float2 most = {0.f, 0.f};
 #pragma unroll
@@ -193,13 +183,14 @@ class Values {
       const float2 theirs = *reinterpret_cast<const float2*>(&magnitudes[other][row]);
       most = {fmaxf(most.x, theirs.x), fmaxf(most.y, theirs.y)};
     }
-    const bool speaks = warp() == half && speaks_for_rows() && target.exists();
+    const bool speaks = warp() == 0 && speaks_for_rows() && target.exists();
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const float scale = decode::partial_scale((which == 0 ? most.x : most.y) * factor[which]);
       factor[which] *= scale;
       if (speaks && row + which < target.rows()) {
-        target.partial(row + which).scale[half] = decode::inverse_power(scale);
+        float (&inverse)[2] = target.partial(row + which).scale;
+        inverse[0] = inverse[1] = decode::inverse_power(scale);
       }
     }
   }
