@@ -215,6 +215,25 @@ def test_requests_stand_apart_where_there_are_parts_enough(
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, parts=PARTS)
+@example(lengths=[4096] * 16, parts=132)
+@example(lengths=[4096] * 40, parts=33)
+def test_the_parts_of_a_split_request_are_neighbours(lengths: list[int], parts: int) -> None:
+    """The merge shares a request's rows out by that: cuda/combine/share.cuh."""
+    rows, num_splits = planned(lengths, parts)
+    work = walk(rows, pages_of(lengths))
+    for request in np.flatnonzero(np.diff(num_splits) > 1).tolist():
+        pieces = [(p, k) for p, done in enumerate(work) for r, _, _, k in done if r == request]
+        first = pieces[0][0]
+        assert pieces == [
+            (first + k, k) for k in range(num_splits[request + 1] - num_splits[request])
+        ]
+        begins = [(p, rows[p][4]) for p, _ in pieces if rows[p][0] == request]
+        assert begins[-(len(pieces) - 1) :] == pieces[1:]  # all but perhaps the first begin with it
+        assert len(begins) == len(pieces) - (rows[first][0] != request)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, parts=PARTS)
 def test_workspace_slots_are_bounded_and_apart(lengths: list[int], parts: int) -> None:
     _, num_splits = planned(lengths, parts)
     slots = [
