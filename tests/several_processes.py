@@ -1,19 +1,16 @@
 """Runs `one_process.py` in several processes of this host, under jax.distributed."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import child_process
 import jax.numpy as jnp
 import numpy as np
 import one_process
 
-import jax_flashmla
-
 SECONDS = 120
-PROXIES = {"http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"}
 MEMORY_SHARE = "0.2"  # of a GPU: the process that started these may hold the larger part
 
 
@@ -60,13 +57,8 @@ def _free_port() -> int:
 
 def _start(words: list[str], log: Path, cpu_devices: int | None) -> subprocess.Popen:
     script = Path(one_process.__file__)
-    package = Path(jax_flashmla.__file__).parents[1]
-    environment = {k: v for k, v in os.environ.items() if k not in PROXIES}
-    environment["PYTHONPATH"] = os.pathsep.join([str(package), str(script.parent)])
-    if cpu_devices:
-        environment["JAX_PLATFORMS"] = "cpu"
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={cpu_devices}"
-    else:
+    environment = child_process.environment(cpu_devices=cpu_devices)
+    if cpu_devices is None:
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
     with log.open("w") as output:
         return subprocess.Popen(

@@ -1,15 +1,13 @@
 """A second process finds what a first one compiled in JAX's persistent compilation cache."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import cached_programs
+import child_process
 import pytest
-
-import jax_flashmla
 
 SECONDS = 180
 
@@ -22,16 +20,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
 
 
 def run(folder: Path, name: str) -> dict:
-    package = Path(jax_flashmla.__file__).parents[1]
     script = Path(cached_programs.__file__)
     done = subprocess.run(
         [sys.executable, "-P", str(script), str(folder / "entries"), str(folder / name)],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join([str(package), str(script.parent)]),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={cached_programs.DEVICES}",
-            "JAX_PLATFORMS": "cpu",
-        },
+        env=child_process.environment(cpu_devices=cached_programs.DEVICES),
         capture_output=True,
         text=True,
         check=False,
