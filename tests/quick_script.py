@@ -1,13 +1,12 @@
 """Runs a benchmark script on the tiny shapes of its `--quick`, in a process of its own."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
-import jax_flashmla
+import child_process
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -17,7 +16,7 @@ def run_quick(script: str, out: pathlib.Path, *arguments: str) -> dict[str, Any]
     command = [sys.executable, str(BENCHMARKS / script), "--quick", *arguments]
     done = subprocess.run(
         [*command, "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(jax_flashmla.__file__).parents[1])},
+        env=child_process.environment(),
         capture_output=True,
         text=True,
         check=False,
