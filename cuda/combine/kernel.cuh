@@ -10,7 +10,7 @@
 // what can be is done before the decode kernel has ended.
 #pragma once
 
-#include "../decode/softmax.cuh"
+#include "../decode/epilogue.cuh"
 #include "../sm90/barrier.cuh"
 #include "share.cuh"
 
@@ -23,8 +23,14 @@ inline constexpr int kGroups = kThreads / kGroupLanes;
 inline constexpr int kLaneColumns = kLineColumns / kGroupLanes;  // 16 bytes
 inline constexpr int kLoads = 8;  // 16-byte loads that a lane has in flight
 
-// Blocks of a part, for each row tile of a KV head: together they are one wave, three to an SM.
-inline constexpr int kBlocksPerTile = 3;
+// Three blocks to an SM, so that those of all parts are one wave.
+inline constexpr int kMostBlocksPerTile = 3;
+
+// Blocks of a part, for each row tile of a KV head. Where there is work for one, one: the blocks
+// of all parts then start on the SMs that the decode kernel leaves first, and none behind its last.
+FLASHMLA_HOST_DEVICE constexpr int blocks_per_tile(int rows) {
+  return rows <= 16 ? 1 : kMostBlocksPerTile;
+}
 
 // A row's sum over splits so far, relative to the largest lse so far.
 struct Weighing {
@@ -83,6 +89,9 @@ class Merge {
   __device__ __forceinline__ const float4* partial_row(int split, int line) const {
     return partial_rows_ + static_cast<long long>(split) * rows_ + line / kRowLines;
   }
+
+  // Whether a line's columns are in order, or as decode's epilogue stores them.
+  __device__ __forceinline__ bool in_order() const { return a_.splits_in_order; }
 
   // Index of a line's row among the query vectors.
   __device__ __forceinline__ long long vector(int line) const {
@@ -200,7 +209,6 @@ __device__ __forceinline__ void merge_few(const Merge& merge, const Share& share
     const int line = (valid ? base + Merge::group() : base) * kLines;
     Lines<kLines> lines;
     lines.add(merge, line, 0, share.splits);
-    if (!valid) continue;
     const float factor = inverse_of(lines.weighing.total);
     uint32_t* const target = merge.target(line);
 #pragma unroll
@@ -211,10 +219,12 @@ __device__ __forceinline__ void merge_few(const Merge& merge, const Share& share
         words[w] =
             decode::pack_pair<T>(lines.sum[l][2 * w] * factor, lines.sum[l][2 * w + 1] * factor);
       }
+      if (!merge.in_order()) decode::transpose_quad(words);
+      if (!valid) continue;
       reinterpret_cast<uint4*>(target)[l * kGroupLanes + Merge::lane()] =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
-    if (Merge::lane() == 0) merge.store_lse(line, lines.weighing);
+    if (valid && Merge::lane() == 0) merge.store_lse(line, lines.weighing);
   }
 }
 
@@ -247,7 +257,8 @@ __device__ __forceinline__ void merge_team(const TeamStorage& storage, int first
     }
   }
   const float factor = inverse_of(row.total);
-  merge.target(line)[lane] = decode::pack_pair<T>(sum.x * factor, sum.y * factor);
+  const int word = merge.in_order() ? lane : lane / 16 * 16 + lane % 4 * 4 + lane / 4 % 4;
+  merge.target(line)[word] = decode::pack_pair<T>(sum.x * factor, sum.y * factor);
   if (lane == 0) merge.store_lse(line, row);
 }
 
@@ -290,7 +301,7 @@ __device__ __forceinline__ void merge_many(const Merge& merge, const Share& shar
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerTile)
+__global__ void __launch_bounds__(kThreads, kMostBlocksPerTile)
     combine_kernel(const __grid_constant__ decode::Arguments a, int blocks_per_part) {
   const int part = static_cast<int>(blockIdx.x) / blocks_per_part;
   const int block = static_cast<int>(blockIdx.x) - part * blocks_per_part;

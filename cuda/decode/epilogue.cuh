@@ -25,9 +25,10 @@ __device__ __forceinline__ RowResult finish_rows(const float (&row_max)[2],
   return result;
 }
 
-// The epilogue's stores: the four lanes that hold a row swap fragments among themselves so that
-// each stores 16 bytes and they fill 64 in a row. Stores cost by the lines they touch: 16-byte ones
-// take half as long as 8-byte ones.
+// Stores cost by the lines they touch, so a lane stores 16 bytes, and the four that hold a row 64
+// in a row. For a whole request they swap fragments to have the columns in order. A split's rows
+// stay as fragments have them: of each 32 columns, lane q stores columns 2 q, 2 q + 1 of four
+// blocks of eight. Combine puts them in order, once for all splits.
 
 // Lane l of four gives its word b to lane b and gets that lane's word l.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
@@ -44,10 +45,10 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// A row's 256 columns times `factor`, as T or, of a split, as float16.
-template <class T>
+// A row's 256 columns times `factor`: as T in order or, of a split, as float16 as they are.
+template <class T, bool kInOrder>
 __device__ __forceinline__ void store_row(uint16_t* row, const float (&out)[128], int which,
-                                          float factor, bool whole, bool valid) {
+                                          float factor, bool valid) {
   const int lane = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int block = 0; block < 32; block += 4) {
@@ -55,10 +56,9 @@ __device__ __forceinline__ void store_row(uint16_t* row, const float (&out)[128]
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const int i = (block + b) * 4 + which * 2;
-      const float low = out[i] * factor, high = out[i + 1] * factor;
-      pairs[b] = whole ? pack_pair<T>(low, high) : pack_pair<__half>(low, high);
+      pairs[b] = pack_pair<T>(out[i] * factor, out[i + 1] * factor);
     }
-    transpose_quad(pairs);
+    if constexpr (kInOrder) transpose_quad(pairs);
     if (valid) {
       *reinterpret_cast<uint4*>(row + (block + lane) * 8) =
           make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -79,45 +79,49 @@ __device__ __forceinline__ float inverse_power(float power_of_two) {
   return __int_as_float((2 * 127 << 23) - __float_as_int(power_of_two));
 }
 
-// The largest of a row's values.
+// The largest of a row's values, by four chains at once.
 __device__ __forceinline__ float row_magnitude(const float (&out)[128], int which) {
-  float most = 0.f;
+  float most[4] = {};
 #pragma unroll
   for (int i = which * 2; i < 128; i += 4) {
-    most = fmaxf(most, fmaxf(fabsf(out[i]), fabsf(out[i + 1])));
+    float& chain = most[i / 4 % 4];
+    chain = fmaxf(chain, fmaxf(fabsf(out[i]), fabsf(out[i + 1])));
   }
-  most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-  return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+  float all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+  all = fmaxf(all, __shfl_xor_sync(~0u, all, 1));
+  return fmaxf(all, __shfl_xor_sync(~0u, all, 2));
 }
 
+// `magnitudes`: of this thread's rows before they are divided by their sums; used of a split.
 template <class T>
 __device__ __forceinline__ void store_item(const Arguments& a, const BlockPlace& place, int request,
                                            int destination, int half, const float (&out)[128],
-                                           const RowResult& result) {
+                                           const float (&magnitudes)[2], const RowResult& result) {
   const bool whole = destination == kWhole;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     const int row = place.first_row + fragment_row(which);
     const bool valid = row < a.rows && destination != kNowhere;
     const bool speaks = valid && threadIdx.x % 4 == 0;
-    float factor = result.inverse_sum[which];
-    long long target;  // row of `out` or of the workspace
+    const float factor = result.inverse_sum[which];
+    const int columns = half * (kHeadDimV / 2);
     if (whole) {
-      target = query_vector(a, request, place.kv_head, valid ? row : 0);
-      if (speaks && half == kLeftHalf) a.params.lse[target] = result.lse[which];
+      const long long vector = query_vector(a, request, place.kv_head, valid ? row : 0);
+      uint16_t* const out_row = static_cast<uint16_t*>(a.params.out) + vector * kHeadDimV;
+      store_row<T, true>(out_row + columns, out, which, factor, valid);
+      if (speaks && half == kLeftHalf) a.params.lse[vector] = result.lse[which];
     } else {
-      target = (static_cast<long long>(destination) * a.params.h_kv + place.kv_head) * a.rows + row;
-      const float scale = partial_scale(row_magnitude(out, which) * factor);
-      factor *= scale;
+      const long long vector =
+          (static_cast<long long>(destination) * a.params.h_kv + place.kv_head) * a.rows + row;
+      const float scale = partial_scale(magnitudes[which] * factor);
+      uint16_t* const partial_row = a.params.partial_out + vector * kHeadDimV;
+      store_row<__half, false>(partial_row + columns, out, which, factor * scale, valid);
       if (speaks) {
-        PartialRow& partial = a.params.partial_rows[target];
+        PartialRow& partial = a.params.partial_rows[vector];
         partial.scale[half] = inverse_power(scale);
         if (half == kLeftHalf) partial.lse = result.lse[which];
       }
     }
-    uint16_t* const rows = whole ? static_cast<uint16_t*>(a.params.out) : a.params.partial_out;
-    store_row<T>(rows + target * kHeadDimV + half * (kHeadDimV / 2), out, which, factor, whole,
-                 valid);
   }
 }
 

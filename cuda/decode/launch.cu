@@ -42,6 +42,7 @@ Arguments make_arguments(const DecodeParams& params) {
   a.max_length = static_cast<int>(std::min<long long>(table_keys, schedule::kMaxInt - kPageSize));
   if (params.num_pages == 0) a.max_length = 0;
   a.scale_log2 = params.softmax_scale * static_cast<float>(M_LOG2E);
+  a.splits_in_order = a.rows <= decode_few::kMostRows;
   return a;
 }
 
@@ -102,7 +103,8 @@ const char* launch_type(const Arguments& a, cudaStream_t stream) {
       a.rows <= decode_few::kMostRows ? decode_few::launch(a, stream) : launch_tiles<T>(a, stream);
   if (error != nullptr) return error;
   if (p.num_sm_parts == 1) return nullptr;  // nothing can be split
-  const long long blocks = static_cast<long long>(combine::kBlocksPerTile) * p.h_kv * a.row_tiles;
+  const long long blocks =
+      static_cast<long long>(combine::blocks_per_tile(a.rows)) * p.h_kv * a.row_tiles;
   cudaLaunchConfig_t merge = launch_config(blocks * p.num_sm_parts, combine::kThreads, 0, stream);
   cudaLaunchAttribute early_start = {};
   early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -133,7 +135,7 @@ const char* prepare_device() {
 const char* launch_decode(const DecodeParams& params, cudaStream_t stream) {
   Arguments a = make_arguments(params);
   const long long blocks = static_cast<long long>(params.h_kv) * a.row_tiles * params.num_sm_parts;
-  if (blocks > schedule::kMaxInt / combine::kBlocksPerTile)
+  if (blocks > schedule::kMaxInt / combine::kMostBlocksPerTile)
     return "too many query rows times SM parts for one grid";
   if (!decode::has_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled";
   const bool few = a.rows <= decode_few::kMostRows;

@@ -50,7 +50,8 @@ class PageIds {
 // One page, box by box, in the order in which the scores use them. An id outside the pool gives
 // zeros.
 __device__ __forceinline__ void request_page(Storage& storage, const Arguments& a,
-                                             PagePosition position, int kv_head, int page_id) {
+                                             PagePosition position, int kv_head, int page_id,
+                                             uint64_t policy) {
   const uint32_t slot = position.slot();
   Barriers& barriers = storage.barriers;
 #pragma unroll
@@ -64,7 +65,7 @@ __device__ __forceinline__ void request_page(Storage& storage, const Arguments& 
     sm90::barrier_arrive_expect(full, bytes_of(tiles));
     sm90::tma_load_4d(sm90::shared_address(storage.pages[slot][tiles.begin]),
                       part == kRope ? a.rope_map : a.latent_map, full, 0, 0,
-                      kv_head * kQkTiles + tiles.begin, page_id);
+                      kv_head * kQkTiles + tiles.begin, page_id, policy);
   }
 }
 
@@ -72,6 +73,7 @@ __device__ __forceinline__ void stream_pages(Storage& storage, const Arguments& 
                                              const BlockPlace& place) {
   const bool elected = threadIdx.x % 32 == 0;
   const PartRange& part = storage.part;
+  const uint64_t policy = sm90::evict_first_policy();
   PagePosition position;
   for (int request = part.begin_request; in_part(part, a.params.batch, request); ++request) {
     const int begin_page = request == part.begin_request ? part.begin_page : 0;
@@ -80,7 +82,7 @@ __device__ __forceinline__ void stream_pages(Storage& storage, const Arguments& 
     for (int page = item.begin_page; page < item.end_page; ++page, ++position.count) {
       const int page_id = ids.get(page);
       sm90::random_delay(a.params.delay_seed);
-      if (elected) request_page(storage, a, position, place.kv_head, page_id);
+      if (elected) request_page(storage, a, position, place.kv_head, page_id, policy);
       __syncwarp();
     }
   }

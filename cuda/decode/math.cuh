@@ -257,6 +257,7 @@ class Math {
 
   __device__ __forceinline__ void end_item(const WorkItem& item, int destination) {
     float total[2] = {0.f, 0.f};
+    float magnitudes[2] = {0.f, 0.f};
     if (item.begin_page < item.end_page) {  // [9]
       softmax_.reduce_sums();
       float (*const sums)[kRowTile] = storage_.row_sum[item_parity_];
@@ -267,6 +268,10 @@ class Math {
         }
         sm90::barrier_arrive(barriers_.sums_ready);
       }
+      if (destination >= 0) {  // while the other half's sums come
+#pragma unroll
+        for (int which = 0; which < 2; ++which) magnitudes[which] = row_magnitude(out_, which);
+      }
       sm90::barrier_wait(barriers_.sums_ready, sums_parity_);
       sums_parity_ ^= 1;
 #pragma unroll
@@ -275,7 +280,7 @@ class Math {
       }
     }
     item_parity_ ^= 1;
-    store_item<T>(a_, place_, item.request, destination, kHalf, out_,
+    store_item<T>(a_, place_, item.request, destination, kHalf, out_, magnitudes,
                   finish_rows(softmax_.reference, total));
   }
 

@@ -24,14 +24,19 @@ struct RingPosition {
 };
 
 // Lane p of the producer asks for part p of every page, in a slot of its own, and waits for nobody
-// else's. A page id outside the pool gives zeros.
+// else's. It asks when its part of the page before has arrived: more than a page on its way per
+// block does not raise the bandwidth, but lets SMs near memory take it from the others. A page id
+// outside the pool gives zeros.
 template <int kRows>
 __device__ __forceinline__ void stream_pages(Storage<kRows>& storage, const Arguments& a,
                                              int kv_head, const PartRange& part) {
   auto& barriers = storage.small.barriers;
   const int lane = static_cast<int>(threadIdx.x % 32);
+  const uint64_t policy = sm90::evict_first_policy();
   RingPosition<Storage<kRows>::kSlots> position;
   position.advance(lane % kPageParts);
+  RingPosition<Storage<kRows>::kSlots> before;
+  bool first = true;
   for (int request = part.begin_request; decode::in_part(part, a.params.batch, request);
        ++request) {
     const int begin_page = request == part.begin_request ? part.begin_page : 0;
@@ -42,16 +47,21 @@ __device__ __forceinline__ void stream_pages(Storage<kRows>& storage, const Argu
       sm90::random_delay(a.params.delay_seed);
       bool wanted = lane < kPageParts;
       while (wanted) {
-        sm90::Barrier& full = barriers.part_full[position.slot];
+        if (!first && !sm90::barrier_try_wait(barriers.part_full[before.slot], before.parity)) {
+          continue;
+        }
         if (!sm90::barrier_try_wait(barriers.part_empty[position.slot], position.parity ^ 1)) {
           continue;
         }
+        sm90::Barrier& full = barriers.part_full[position.slot];
         sm90::barrier_arrive_expect(full, kPartBytes);
         sm90::tma_load_4d(sm90::shared_address(storage.parts[position.slot]), a.page_map, full, 0,
-                          0, kv_head * kQkTiles + lane * kPartTiles, page_id);
+                          0, kv_head * kQkTiles + lane * kPartTiles, page_id, policy);
         wanted = false;
       }
       __syncwarp();
+      first = false;
+      before = position;
       position.advance(kPageParts);
     }
   }

@@ -19,6 +19,24 @@ __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensor
       : "memory");
 }
 
+// For data that is read once: what L2 gives up first.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// The same box with an L2 policy.
+__device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap& map,
+                                            Barrier& barrier, int c0, int c1, int c2, int c3,
+                                            uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+      : "memory");
+}
+
 // The same box to L2 only, ahead of its load.
 __device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap& map, int c0, int c1, int c2,
                                                 int c3) {
@@ -41,10 +59,6 @@ __device__ __forceinline__ void copy_chunk_async(uint32_t destination, const voi
 
 __device__ __forceinline__ void copy_chunks_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
