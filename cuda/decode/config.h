@@ -47,6 +47,7 @@ FLASHMLA_HOST_DEVICE constexpr bool ends_part(int box) {
 FLASHMLA_HOST_DEVICE constexpr uint32_t bytes_of(TileRange tiles) {
   return static_cast<uint32_t>(tiles.count) * sm90::kTileBytes;
 }
+inline constexpr int kRopeTile = part_tiles(kRope).begin;
 inline constexpr uint32_t kPageBytes = kQkTiles * sm90::kTileBytes;
 static_assert(kPageBytes == kPageSize * kHeadDimQk * 2);
 

@@ -7,22 +7,14 @@
 
 namespace flashmla::decode {
 
-// Finished values of this thread's two rows.
-struct RowResult {
-  float inverse_sum[2];
-  float lse[2];  // natural logarithm; -inf for a row without keys
-};
+// What a row without keys is multiplied by is 0.
+__device__ __forceinline__ float inverse_sum(float total) {
+  return total == 0.f ? 0.f : __fdividef(1.f, total);  // NaN is not empty
+}
 
-__device__ __forceinline__ RowResult finish_rows(const float (&row_max)[2],
-                                                 const float (&total)[2]) {
-  RowResult result;
-#pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    const bool empty = total[which] == 0.f;  // NaN is not empty
-    result.inverse_sum[which] = empty ? 0.f : 1.f / total[which];
-    result.lse[which] = empty ? kNegativeInfinity : (row_max[which] + log2f(total[which])) * kLn2;
-  }
-  return result;
+// Natural logarithm of a row's sum of exponentials; -inf for a row without keys.
+__device__ __forceinline__ float log_sum(float reference, float total) {
+  return total == 0.f ? kNegativeInfinity : (reference + __log2f(total)) * kLn2;
 }
 
 // Stores cost by the lines they touch, so a lane stores 16 bytes, and the four that hold a row 64
@@ -92,36 +84,42 @@ __device__ __forceinline__ float row_magnitude(const float (&out)[128], int whic
   return fmaxf(all, __shfl_xor_sync(~0u, all, 2));
 }
 
-// `magnitudes`: of this thread's rows before they are divided by their sums; used of a split.
+// What a thread knows of its two rows at the end of an item.
+struct RowEnds {
+  float reference[2];
+  float total[2];      // sum of weights
+  float magnitude[2];  // the largest value before it is divided by the sum; only of a split
+};
+
 template <class T>
 __device__ __forceinline__ void store_item(const Arguments& a, const BlockPlace& place, int request,
                                            int destination, int half, const float (&out)[128],
-                                           const float (&magnitudes)[2], const RowResult& result) {
+                                           const RowEnds& ends) {
   const bool whole = destination == kWhole;
+  const int columns = half * (kHeadDimV / 2);
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     const int row = place.first_row + fragment_row(which);
     const bool valid = row < a.rows && destination != kNowhere;
     const bool speaks = valid && threadIdx.x % 4 == 0;
-    const float factor = result.inverse_sum[which];
-    const int columns = half * (kHeadDimV / 2);
+    const float factor = inverse_sum(ends.total[which]);
+    float* lse;
     if (whole) {
       const long long vector = query_vector(a, request, place.kv_head, valid ? row : 0);
       uint16_t* const out_row = static_cast<uint16_t*>(a.params.out) + vector * kHeadDimV;
       store_row<T, true>(out_row + columns, out, which, factor, valid);
-      if (speaks && half == kLeftHalf) a.params.lse[vector] = result.lse[which];
+      lse = &a.params.lse[vector];
     } else {
       const long long vector =
           (static_cast<long long>(destination) * a.params.h_kv + place.kv_head) * a.rows + row;
-      const float scale = partial_scale(magnitudes[which] * factor);
+      const float scale = partial_scale(ends.magnitude[which] * factor);
       uint16_t* const partial_row = a.params.partial_out + vector * kHeadDimV;
       store_row<__half, false>(partial_row + columns, out, which, factor * scale, valid);
-      if (speaks) {
-        PartialRow& partial = a.params.partial_rows[vector];
-        partial.scale[half] = inverse_power(scale);
-        if (half == kLeftHalf) partial.lse = result.lse[which];
-      }
+      PartialRow* const partial = &a.params.partial_rows[vector];
+      if (speaks) *(partial->scale + half) = inverse_power(scale);
+      lse = &partial->lse;
     }
+    if (speaks && half == kLeftHalf) *lse = log_sum(ends.reference[which], ends.total[which]);
   }
 }
 

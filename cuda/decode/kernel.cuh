@@ -54,11 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     sm90::acquire_registers<kMathRegisters>();
-    if (warp < 2 * kWarpsPerWarpgroup) {
-      Math<T, kSerial, kLeftHalf>(storage, arguments, place).run();
-    } else {
-      Math<T, kSerial, kRightHalf>(storage, arguments, place).run();
-    }
+    Math<T, kSerial>(storage, arguments, place, warp / kWarpsPerWarpgroup - 1).run();
   }
 }
 

@@ -8,14 +8,17 @@
 
 namespace flashmla::decode {
 
-template <class T, bool kSerial, Half kHalf>
+// Both halves run the same instructions, so that these are fetched once and stay in the SM's cache:
+// what differs is chosen by `half`, the same for a whole warpgroup.
+template <class T, bool kSerial>
 class Math {
  public:
-  __device__ Math(Storage& storage, const Arguments& a, const BlockPlace& place)
+  __device__ Math(Storage& storage, const Arguments& a, const BlockPlace& place, int half)
       : storage_(storage),
         barriers_(storage.barriers),
         a_(a),
         place_(place),
+        half_(half),
         query_(sm90::k_major_descriptor(sm90::shared_address(storage.query))) {}
 
   __device__ __forceinline__ void run() {
@@ -26,7 +29,7 @@ class Math {
       const WorkItem item = assignment.item;
       begin_item();
       if (item.begin_page < item.end_page) {
-        kHalf == kLeftHalf ? left_pages(item) : right_pages(item);
+        attend(item);
         position_.count += item.end_page - item.begin_page;
       } else {
         release(barriers_.query_empty);
@@ -36,61 +39,83 @@ class Math {
   }
 
  private:
-  static constexpr Half kOther = kHalf == kLeftHalf ? kRightHalf : kLeftHalf;
-
-  // The left half's steps for pairs of pages: an even one, its own, and an odd one, if there is
-  // one.
-  __device__ __forceinline__ void left_pages(const WorkItem& item) {
+  // A half's steps for pairs of pages, an even and an odd one, if there is one: the even one is the
+  // left half's own, the odd one the right half's.
+  __device__ __forceinline__ void attend(const WorkItem& item) {
     PagePosition even = position_;
     for (int page = item.begin_page; page < item.end_page; page += 2, even.count += 2) {
       const PagePosition odd = {even.count + 1};
       const bool has_odd = page + 1 < item.end_page;
-      compute_scores(even);  // [1]
-      release(barriers_.page_empty[even.slot()][kRope]);
-      if (page + 2 >= item.end_page) release(barriers_.query_empty);
-      const Rescaling own = settle(item, page, even, weigh(item, page));  // [3]
-      store_weights(storage_.even_weights);
-      publish_weights(own);
-      issue_own_values(own, even);  // [4]
-      finish_values();
-      release(barriers_.page_empty[even.slot()][kLeft]);
+      Rescaling own, others;
+      if (is_left() || has_odd) {
+        const PagePosition position = is_left() ? even : odd;
+        compute_scores(position);  // [1] [2]
+        release_scored(page + 2 >= item.end_page, even);
+        own = weigh_own(item, is_left() ? page : page + 1, position, others);  // [3] [5]
+      } else {
+        release(barriers_.query_empty);
+        others = hear_weights();
+      }
+      multiply(is_left(), chosen(is_left(), own, others), even);  // [4] [6]
       if (!has_odd) break;
-      const Rescaling others = hear_weights();
-      issue_other_values(others, odd_weights(odd), odd);  // [7]
-      finish_values();
-      release(barriers_.page_empty[odd.slot()][kLeft], barriers_.page_empty[odd.slot()][kRope]);
+      if (is_left()) others = hear_weights();
+      multiply(!is_left(), chosen(is_left(), others, own), odd);  // [7] [8]
     }
   }
 
-  // The right half's steps for the same pairs; its own page is the odd one.
-  __device__ __forceinline__ void right_pages(const WorkItem& item) {
-    PagePosition even = position_;
-    for (int page = item.begin_page; page < item.end_page; page += 2, even.count += 2) {
-      const PagePosition odd = {even.count + 1};
-      const bool has_odd = page + 1 < item.end_page;
-      bool moves = false;
-      if (has_odd) compute_scores(odd);  // [2]
-      if (page + 2 >= item.end_page) release(barriers_.query_empty);
-      if (has_odd) {
-        moves = weigh(item, page + 1);  // [5]
-        meet_own_warps();               // all have read the rope tile
-        store_weights(odd_weights(odd));
-      }
-      const Rescaling others = hear_weights();
-      Rescaling own;
-      if (has_odd) {
-        own = settle(item, page + 1, odd, moves || others.any);
-        if (own.any) store_weights(odd_weights(odd));
-        publish_weights(own);
-      }
-      issue_other_values(others, storage_.even_weights, even);  // [6]
-      finish_values();
-      release(barriers_.page_empty[even.slot()][kRight]);
-      if (!has_odd) break;
-      issue_own_values(own, odd);  // [8]
-      finish_values();
-      release(barriers_.page_empty[odd.slot()][kRight]);
+  // By value: chosen by reference, both would be in local memory.
+  __device__ static __forceinline__ Rescaling chosen(bool first, const Rescaling& a,
+                                                     const Rescaling& b) {
+    return {first ? a.any : b.any,
+            {first ? a.factor[0] : b.factor[0], first ? a.factor[1] : b.factor[1]}};
+  }
+
+  // What nobody needs any more once the scores are known.
+  __device__ __forceinline__ void release_scored(bool last, PagePosition even) {
+    if (is_left()) release(barriers_.page_empty[even.slot()][kRope]);
+    if (last) release(barriers_.query_empty);
+  }
+
+  // Scores of this half's own page to weights, for both halves. The right half's have to follow
+  // what the even page did to the references, which it hears only when it has its own.
+  __device__ __forceinline__ Rescaling weigh_own(const WorkItem& item, int page,
+                                                 PagePosition position, Rescaling& others) {
+    uint8_t (&into)[sm90::kTileBytes] =
+        is_left() ? storage_.even_weights : storage_.pages[position.slot()][kRopeTile];
+    const bool moves = weigh(item, page);
+    if (!is_left()) meet_own_warps();  // all have read the rope tile
+    if (!moves) store_weights(into);
+    if (!is_left()) others = hear_weights();
+    const Rescaling own = settle(item, page, position, moves || others.any);
+    if (own.any) store_weights(into);
+    publish_weights(own);
+    return own;
+  }
+
+  // O *= factor; O += P V of a page: P from registers of this half's own, from shared memory of the
+  // other one's. Frees what it has read last.
+  __device__ __forceinline__ void multiply(bool own, Rescaling rescaling, PagePosition position) {
+    if (rescaling.any) rescale(out_, rescaling.factor);
+    uint64_t values = sm90::mn_major_descriptor(
+        sm90::shared_address(storage_.pages[position.slot()][half_ * kHalfTiles]));
+    uint64_t weights = sm90::k_major_descriptor(sm90::shared_address(
+        is_left() ? storage_.pages[position.slot()][kRopeTile] : storage_.even_weights));
+    sm90::hide_descriptor(values);
+    sm90::hide_descriptor(weights);
+    sm90::pin_registers(out_);
+    if (own) {
+      sm90::wgmma_fence();
+      add_values<T, kSerial>(out_, weights_, values);
+      sm90::wgmma_commit();
+    } else {
+      sm90::wgmma_fence();
+      add_values<T, kSerial>(out_, weights, values);
+      sm90::wgmma_commit();
     }
+    sm90::wgmma_wait<0>();
+    sm90::pin_registers(out_);
+    release(barriers_.page_empty[position.slot()][half_]);
+    if (is_left() && !own) release(barriers_.page_empty[position.slot()][kRope]);
   }
 
   __device__ __forceinline__ void begin_item() {
@@ -119,7 +144,7 @@ class Math {
     sm90::pin_registers(scores_);
   }
 
-  // Scores of this half's page to weights; returns whether a row of this thread needs another
+  // Scores of this half's page to weights; returns whether a row of this warp needs another
   // reference for it.
   __device__ __forceinline__ bool weigh(const WorkItem& item, int page) {
     const int first_key = page * kPageSize;
@@ -154,8 +179,12 @@ class Math {
     mask_scores(scores_, first_key, limit);
   }
 
-  __device__ static __forceinline__ void meet_own_warps() {
-    sm90::named_barrier_sync(kOwnWarps + kHalf, kWarpgroup);
+  __device__ __forceinline__ void meet_own_warps() {
+    if (is_left()) {  // a barrier known only at run time would take all sixteen
+      sm90::named_barrier_sync(kOwnWarps + kLeftHalf, kWarpgroup);
+    } else {
+      sm90::named_barrier_sync(kOwnWarps + kRightHalf, kWarpgroup);
+    }
   }
 
   // Tells the other half of the weights, and of the references if they moved.
@@ -164,33 +193,28 @@ class Math {
       if (own.any) {
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-          storage_.reference[kHalf][fragment_row(which)] = softmax_.reference[which];
+          storage_.reference[half_][fragment_row(which)] = softmax_.reference[which];
         }
       }
     }
-    if (threadIdx.x % 32 == 0) storage_.reference_moved[kHalf][own_warp()] = own.any;
+    if (threadIdx.x % 32 == 0) storage_.reference_moved[half_][own_warp()] = own.any;
     __syncwarp();
-    if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[kHalf]);
+    if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[half_]);
   }
 
   // Waits for the other half's weights and follows its references.
   __device__ __forceinline__ Rescaling hear_weights() {
-    sm90::barrier_wait(barriers_.weights_ready[kOther], other_parity_);
+    sm90::barrier_wait(barriers_.weights_ready[other()], other_parity_);
     other_parity_ ^= 1;
-    const bool moved = speaks_for_rows() && storage_.reference_moved[kOther][own_warp()];
+    const bool moved = speaks_for_rows() && storage_.reference_moved[other()][own_warp()];
     Rescaling others = {__any_sync(~0u, moved) != 0};
     if (others.any) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        others.factor[which] = softmax_.follow(which, heard(storage_.reference[kOther], which));
+        others.factor[which] = softmax_.follow(which, heard(storage_.reference[other()], which));
       }
     }
     return others;
-  }
-
-  // P of an odd page replaces its rope columns.
-  __device__ __forceinline__ uint8_t (&odd_weights(PagePosition odd) const)[sm90::kTileBytes] {
-    return storage_.pages[odd.slot()][part_tiles(kRope).begin];
   }
 
   __device__ static __forceinline__ int own_warp() {
@@ -220,69 +244,38 @@ class Math {
     sm90::async_proxy_fence();
   }
 
-  // O *= factor; O += P V of this half's page, P from registers.
-  __device__ __forceinline__ void issue_own_values(const Rescaling& own, PagePosition position) {
-    if (own.any) rescale(out_, own.factor);
-    sm90::pin_registers(out_);
-    sm90::wgmma_fence();
-    add_values<T, kSerial>(out_, weights_, values_of(position));
-    sm90::wgmma_commit();
-  }
-
-  // The same for the other half's page, P from shared memory.
-  __device__ __forceinline__ void issue_other_values(const Rescaling& others,
-                                                     const uint8_t (&tile)[sm90::kTileBytes],
-                                                     PagePosition position) {
-    if (others.any) rescale(out_, others.factor);
-    uint64_t weights = sm90::k_major_descriptor(sm90::shared_address(tile));
-    sm90::hide_descriptor(weights);
-    sm90::pin_registers(out_);
-    sm90::wgmma_fence();
-    add_values<T, kSerial>(out_, weights, values_of(position));
-    sm90::wgmma_commit();
-  }
-
-  __device__ __forceinline__ void finish_values() {
-    sm90::wgmma_wait<0>();
-    sm90::pin_registers(out_);
-  }
-
-  // This half of V: a page's latent columns, read as the transposed operand.
-  __device__ __forceinline__ uint64_t values_of(PagePosition position) const {
-    uint64_t values = sm90::mn_major_descriptor(
-        sm90::shared_address(storage_.pages[position.slot()][part_tiles(kHalf).begin]));
-    sm90::hide_descriptor(values);
-    return values;
-  }
-
   __device__ __forceinline__ void end_item(const WorkItem& item, int destination) {
-    float total[2] = {0.f, 0.f};
-    float magnitudes[2] = {0.f, 0.f};
+    RowEnds ends = {};
     if (item.begin_page < item.end_page) {  // [9]
       softmax_.reduce_sums();
       float (*const sums)[kRowTile] = storage_.row_sum[item_parity_];
       if (speaks_for_rows()) {
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
-          sums[kHalf][fragment_row(which)] = softmax_.row_sum[which];
+          sums[half_][fragment_row(which)] = softmax_.row_sum[which];
         }
         sm90::barrier_arrive(barriers_.sums_ready);
       }
       if (destination >= 0) {  // while the other half's sums come
 #pragma unroll
-        for (int which = 0; which < 2; ++which) magnitudes[which] = row_magnitude(out_, which);
+        for (int which = 0; which < 2; ++which) {
+          ends.magnitude[which] = row_magnitude(out_, which);
+        }
       }
       sm90::barrier_wait(barriers_.sums_ready, sums_parity_);
       sums_parity_ ^= 1;
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        total[which] = softmax_.row_sum[which] + heard(sums[kOther], which);
+        ends.reference[which] = softmax_.reference[which];
+        ends.total[which] = softmax_.row_sum[which] + heard(sums[other()], which);
       }
     }
     item_parity_ ^= 1;
-    store_item<T>(a_, place_, item.request, destination, kHalf, out_, magnitudes,
-                  finish_rows(softmax_.reference, total));
+    store_item<T>(a_, place_, item.request, destination, half_, out_, ends);
   }
+
+  __device__ __forceinline__ bool is_left() const { return half_ == kLeftHalf; }
+  __device__ __forceinline__ int other() const { return half_ ^ 1; }
 
   // Of the four lanes that hold a row, the one that exchanges its reference and sum, and arrives.
   __device__ static __forceinline__ bool speaks_for_rows() { return threadIdx.x % 4 == 0; }
@@ -304,6 +297,7 @@ class Math {
   Barriers& barriers_;
   const Arguments& a_;
   const BlockPlace place_;
+  const int half_;
   const uint64_t query_;
   PagePosition position_;
   uint32_t item_parity_ = 0;   // of query_full, the assignment and row_sum

@@ -80,7 +80,7 @@ struct Softmax {
   }
 
   // Scores to weights by the present references, rounded to T. Returns whether they do not do, for
-  // one of this thread's rows: a row without reference, or with a weight of 2 or more.
+  // one of the warp's rows: a row without reference, or with a weight of 2 or more.
   template <class T>
   __device__ __forceinline__ bool weigh(const float (&scores)[32], float scale, Weights& weights) {
     const bool none = reference[0] == kNegativeInfinity || reference[1] == kNegativeInfinity;
@@ -89,15 +89,15 @@ struct Softmax {
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 16; ++i) bits |= weights[i / 4][i % 4];
-    return (bits & kTwoOrMore) != 0;
+    return __any_sync(~0u, (bits & kTwoOrMore) != 0) != 0;
   }
 
-  // Adds the page's weights to the sums; before, if `weigh` said so of one of the warp's rows,
-  // weighs again by references above these scores.
+  // Adds the page's weights to the sums; before, if `moves`, the same for all lanes, weighs again
+  // by references above these scores.
   template <class T>
   __device__ __forceinline__ Rescaling settle(bool moves, const float (&scores)[32], float scale,
                                               Weights& weights) {
-    Rescaling rescaling = {__any_sync(~0u, moves) != 0};
+    Rescaling rescaling = {moves};
     if (rescaling.any) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
