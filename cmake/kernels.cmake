@@ -29,9 +29,12 @@ if(JAX_FLASHMLA_WERROR)
 endif()
 
 option(JAX_FLASHMLA_DEBUG "Kernels with bounded waits that name a stuck barrier, and random delays" OFF)
-if(JAX_FLASHMLA_DEBUG)
-  add_compile_definitions(FLASHMLA_DEBUG)
-endif()
+option(JAX_FLASHMLA_DELAYS "Kernels with random delays, otherwise as released" OFF)
+foreach(check DEBUG DELAYS)
+  if(JAX_FLASHMLA_${check})
+    add_compile_definitions(FLASHMLA_${check})
+  endif()
+endforeach()
 
 file(GLOB kernel_sources CONFIGURE_DEPENDS
   cuda/schedule/*.cu cuda/decode/*.cu cuda/decode_few/*.cu cuda/combine/*.cu cuda/cache/*.cu

@@ -97,6 +97,9 @@ def assign(m: Machine, i: int) -> Step:
 def request_page(m: Machine, n: int, slots: int) -> Step:
     for part in PARTS:
         slot, use = slot_of(n * len(PARTS) + part, slots)
+        if n > 0:  # the same part of the page before has arrived
+            before, used = slot_of((n - 1) * len(PARTS) + part, slots)
+            yield from m.wait("part_full", before, phase=used)
         yield from m.wait("part_empty", slot, phase=use - 1)
         m.barriers["part_full", slot].arrive(expected_bytes=CONSTANTS["part_bytes"])
         regions = part_regions(m, slot, part)

@@ -47,6 +47,17 @@ class PageIds {
   int held_;
 };
 
+// Brings the block table to L2, each block its lines, while the blocks wait for the schedule.
+__device__ __forceinline__ void prefetch_table(const Arguments& a, int block, int blocks) {
+  constexpr long long kLine = 128;
+  const long long bytes =
+      static_cast<long long>(sizeof(int)) * a.params.batch * a.params.max_pages_per_seq;
+  const long long offset = (block + static_cast<long long>(threadIdx.x % 32) * blocks) * kLine;
+  if (offset < bytes) {
+    sm90::prefetch_to_l2(reinterpret_cast<const char*>(a.params.block_table) + offset);
+  }
+}
+
 // One page, box by box, in the order in which the scores use them. An id outside the pool gives
 // zeros.
 __device__ __forceinline__ void request_page(Storage& storage, const Arguments& a,

@@ -51,6 +51,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     sm90::tma_prefetch_map(arguments.page_map);
     sm90::tma_prefetch_map(arguments.query_rope_map);
   }
+  if (warp == 0) {
+    decode::prefetch_table(arguments, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+  }
   sm90::fill_with_nan(shared_bytes, sizeof(storage));
   init_barriers(storage.small.barriers, warp);
   clear_padding(storage, arguments.rows, warp);

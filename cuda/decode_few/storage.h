@@ -53,7 +53,7 @@ struct SmallStorage {
   float page_max[2][kWarpsPerWarpgroup][kRows];  // by page parity: maxima of 16 tokens each
   float factors[kWeightSlots][kRows];            // what the values so far are multiplied by
   float row_sum[2][kWarpsPerWarpgroup][kRows];   // by item parity: sums of weights at its end
-  float magnitudes[kWarpsPerWarpgroup][kRows];   // of a split's output, by half of the columns
+  float magnitudes[kWarpsPerWarpgroup][kRows];   // of a split's output, by warp: its columns
   Barriers<kSlots> barriers;
   decode::Assignment assignments[2];  // by item parity: the query loader's word to math
 };

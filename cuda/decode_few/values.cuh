@@ -172,7 +172,8 @@ class Values {
     }
   }
 
-  // Includes in a thread's rows' factors what brings them into float16's range. Leaves what undoes
+  // Includes in a thread's rows' factors, of one block of rows (all at once spill with 32 rows),
+  // what brings them into float16's range. Leaves what undoes
   // it to combine, which wants it for each half of the columns.
   __device__ __forceinline__ void scale_rows(const Target& target, int block, float (&factor)[2]) {
     const auto& magnitudes = storage_.small.magnitudes;

@@ -52,30 +52,22 @@ class Step {
         out_(in.q_latent.size()),
         lse_(in.q_latent.size() / kKvLoraRank),
         partial_out_(partial_rows(o) * kHeadDimV),
-        partial_rows_(partial_rows(o)) {
-    params_ = {.element_type = o.fp16 ? ElementType::kFloat16 : ElementType::kBfloat16,
-               .q_latent = q_latent_.get(),
-               .q_rope = q_rope_.get(),
-               .kv_cache = kv_cache_.get(),
-               .block_table = block_table_.get(),
-               .cache_seqlens = lengths_.get(),
-               .tile_scheduler_metadata = metadata_.get(),
-               .num_splits = splits_.get(),
-               .out = out_.get(),
-               .lse = lse_.get(),
-               .partial_out = partial_out_.get(),
-               .partial_rows = partial_rows_.get(),
-               .q_latent_stride = kKvLoraRank,
-               .q_rope_stride = kRopeDim,
-               .batch = o.b,
-               .s_q = o.s_q,
-               .h_q = o.h_q,
-               .h_kv = o.h_kv,
-               .num_pages = in.num_pages,
-               .max_pages_per_seq = in.max_pages_per_seq,
-               .num_sm_parts = default_parts(o),
-               .softmax_scale = scale(),
-               .causal = o.causal != 0};
+        partial_rows_(partial_rows(o)),
+        params_(decode_params(o)) {
+    params_.q_latent = q_latent_.get();
+    params_.q_rope = q_rope_.get();
+    params_.kv_cache = kv_cache_.get();
+    params_.block_table = block_table_.get();
+    params_.cache_seqlens = lengths_.get();
+    params_.tile_scheduler_metadata = metadata_.get();
+    params_.num_splits = splits_.get();
+    params_.out = out_.get();
+    params_.lse = lse_.get();
+    params_.partial_out = partial_out_.get();
+    params_.partial_rows = partial_rows_.get();
+    params_.num_pages = in.num_pages;
+    params_.max_pages_per_seq = in.max_pages_per_seq;
+    params_.softmax_scale = scale();
   }
 
   static float scale() { return 1.f / std::sqrt(192.f); }

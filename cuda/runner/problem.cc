@@ -27,6 +27,21 @@ int default_parts(const Options& o) {
   return std::max(1, 132 / (o.h_kv * ((rows + 63) / 64)));
 }
 
+DecodeParams decode_params(const Options& o) {
+  DecodeParams params = {};
+  params.element_type = o.fp16 ? ElementType::kFloat16 : ElementType::kBfloat16;
+  params.q_latent_stride = kKvLoraRank;
+  params.q_rope_stride = kRopeDim;
+  params.batch = o.b;
+  params.s_q = o.s_q;
+  params.h_q = o.h_q;
+  params.h_kv = o.h_kv;
+  params.num_sm_parts = default_parts(o);
+  params.causal = o.causal != 0;
+  params.serial = o.serial != 0;
+  return params;
+}
+
 Inputs make_inputs(const Options& o) {
   std::mt19937 random(o.seed);
   std::normal_distribution<float> normal;

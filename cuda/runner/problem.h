@@ -56,6 +56,9 @@ Inputs make_inputs(const Options& options);
 
 int default_parts(const Options& options);
 
+// What a decode step's parameters take from the options; its arrays and the pool are the caller's.
+DecodeParams decode_params(const Options& options);
+
 // Softmax attention of one packed row in float64: out [512], returns lse.
 double reference_row(const Options& options, const Inputs& inputs, float scale, int request,
                      int query, int head, std::vector<double>& out);

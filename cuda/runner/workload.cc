@@ -90,31 +90,23 @@ ScheduleParams Workload::schedule() const {
 }
 
 DecodeParams Workload::decode(int call) const {
-  const Options& o = options_;
-  return {.element_type = o.fp16 ? ElementType::kFloat16 : ElementType::kBfloat16,
-          .q_latent = q_latent_.get(),
-          .q_rope = q_rope_.get(),
-          .kv_cache = pool_.data(),
-          .block_table = tables_[call]->get(),
-          .cache_seqlens = lengths_.get(),
-          .tile_scheduler_metadata = metadata_.get(),
-          .num_splits = splits_.get(),
-          .out = out_.get(),
-          .lse = lse_.get(),
-          .partial_out = partial_out_.get(),
-          .partial_rows = partial_rows_.get(),
-          .q_latent_stride = kKvLoraRank,
-          .q_rope_stride = kRopeDim,
-          .batch = o.b,
-          .s_q = o.s_q,
-          .h_q = o.h_q,
-          .h_kv = o.h_kv,
-          .num_pages = pool_.pages(),
-          .max_pages_per_seq = width_,
-          .num_sm_parts = parts_,
-          .softmax_scale = kSoftmaxScale,
-          .causal = o.causal != 0,
-          .serial = o.serial != 0};
+  DecodeParams params = decode_params(options_);
+  params.q_latent = q_latent_.get();
+  params.q_rope = q_rope_.get();
+  params.kv_cache = pool_.data();
+  params.block_table = tables_[call]->get();
+  params.cache_seqlens = lengths_.get();
+  params.tile_scheduler_metadata = metadata_.get();
+  params.num_splits = splits_.get();
+  params.out = out_.get();
+  params.lse = lse_.get();
+  params.partial_out = partial_out_.get();
+  params.partial_rows = partial_rows_.get();
+  params.num_pages = pool_.pages();
+  params.max_pages_per_seq = width_;
+  params.num_sm_parts = parts_;
+  params.softmax_scale = kSoftmaxScale;
+  return params;
 }
 
 const char* Workload::launch(Decode* decode_call, cudaStream_t stream) const {

@@ -49,6 +49,10 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
 // 16 bytes from global memory, or zeros where `valid` is false (the source is then not read).
 __device__ __forceinline__ void copy_chunk_async(uint32_t destination, const void* source,
                                                  bool valid) {
