@@ -29,7 +29,7 @@ inline constexpr int kMostBlocksPerTile = 3;
 // Blocks of a part, for each row tile of a KV head. Where there is work for one, one: the blocks
 // of all parts then start on the SMs that the decode kernel leaves first, and none behind its last.
 FLASHMLA_HOST_DEVICE constexpr int blocks_per_tile(int rows) {
-  return rows <= 16 ? 1 : kMostBlocksPerTile;
+  return rows <= 32 ? 1 : kMostBlocksPerTile;
 }
 
 // A row's sum over splits so far, relative to the largest lse so far.
