@@ -48,8 +48,15 @@ Partials make_partials(int splits) {
   return partials;
 }
 
+// Where a split's row has a column if its columns are as fragments have them.
+int fragment_place(int column) {
+  const int block = column % 32 / 8, lane = column % 8 / 2;
+  return column / 32 * 32 + lane * 8 + block * 2 + column % 2;
+}
+
 // One row by hand; returns its lse.
-double merge(const Partials& partials, int splits, int row, std::vector<double>& out) {
+double merge(const Partials& partials, int splits, bool in_order, int row,
+             std::vector<double>& out) {
   const auto place = [&](int k) { return static_cast<size_t>(k) * kHeadsKv * kRows + row; };
   double most = -kInfinity, sum = 0;
   for (int k = 0; k < splits; ++k) most = std::max<double>(most, partials.rows[place(k)].lse);
@@ -58,14 +65,16 @@ double merge(const Partials& partials, int splits, int row, std::vector<double>&
   for (int k = 0; k < splits; ++k) {
     const double weight = std::exp(partials.rows[place(k)].lse - most);
     sum += weight;
-    for (int c = 0; c < kHeadDimV; ++c) out[c] += weight * partials.value(place(k), c);
+    for (int c = 0; c < kHeadDimV; ++c) {
+      out[c] += weight * partials.value(place(k), in_order ? c : fragment_place(c));
+    }
   }
   for (double& x : out) x /= sum;
   return most + std::log(sum);
 }
 
 template <class T>
-void compare(Mismatches& mismatches, int splits) {
+void compare(Mismatches& mismatches, int splits, bool in_order) {
   constexpr bool kFp16 = kElementType<T> == ElementType::kFloat16;
   const Partials partials = make_partials(splits);
   std::vector<int> metadata(static_cast<size_t>(splits) * kScheduleColumns);
@@ -95,7 +104,8 @@ void compare(Mismatches& mismatches, int splits) {
   a.params.num_sm_parts = splits;
   a.rows = kRows;
   a.heads_per_kv = kHeadsQ / kHeadsKv;
-  constexpr int blocks = combine::kBlocksPerTile * kHeadsKv;
+  a.splits_in_order = in_order;
+  constexpr int blocks = combine::blocks_per_tile(kRows) * kHeadsKv;
   combine::combine_kernel<T><<<blocks * splits, combine::kThreads>>>(a, blocks);
   mismatches.synchronize("combine_kernel");
   const std::vector<uint16_t> got = out.host();
@@ -110,7 +120,7 @@ void compare(Mismatches& mismatches, int splits) {
     }
     const int packed = query * a.heads_per_kv + head % a.heads_per_kv;
     const int row = head / a.heads_per_kv * kRows + packed;
-    const double expected_lse = merge(partials, splits, row, expected);
+    const double expected_lse = merge(partials, splits, in_order, row, expected);
     mismatches.expect(got_lse[vector], expected_lse, 2e-5, "lse of [splits][row]", splits, row);
     for (int c = 0; c < kHeadDimV; ++c) {
       const double tolerance = 2e-5 + std::fabs(expected[c]) * (kFp16 ? 1e-3 : 8e-3);
@@ -125,8 +135,10 @@ void compare(Mismatches& mismatches, int splits) {
 bool probe_combine() {
   Mismatches mismatches;
   for (int splits = 2; splits <= 200; splits += splits < 35 ? 1 : 33) {
-    compare<__nv_bfloat16>(mismatches, splits);
-    compare<__half>(mismatches, splits);
+    for (const bool in_order : {true, false}) {
+      compare<__nv_bfloat16>(mismatches, splits, in_order);
+      compare<__half>(mismatches, splits, in_order);
+    }
   }
   return mismatches.none();
 }
