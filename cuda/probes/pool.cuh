@@ -83,7 +83,9 @@ __device__ __forceinline__ Storage& prepare_storage() {
 // Fetches a page into slot 0; returns in every thread when all of it is there.
 __device__ __forceinline__ void fetch_page(Storage& storage, const Arguments& a, int kv_head,
                                            int page_id) {
-  if (threadIdx.x == 0) decode::request_page(storage, a, {}, kv_head, page_id);
+  if (threadIdx.x == 0) {
+    decode::request_page(storage, a, {}, kv_head, page_id, sm90::evict_first_policy());
+  }
   for (sm90::Barrier& full : storage.barriers.page_full[0]) sm90::barrier_wait(full, 0);
 }
 
