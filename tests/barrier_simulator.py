@@ -129,8 +129,12 @@ class MathWarp:
         yield from self.release((even, ROPE))
         yield from self.release_query(item, page)
         tail = item.tail and not has_odd
-        yield from self.settle(even, tail)  # [3]
-        yield from self.store_weights(even, self.even_weights())
+        moves = even % 3 == 0  # its page moves the references: weights are stored afterwards
+        if not moves:
+            yield from self.store_weights(even, self.even_weights())  # [3]
+        yield from self.settle(even, tail)
+        if moves:
+            yield from self.store_weights(even, self.even_weights())
         yield from self.publish_weights(even)
         yield from self.issue_values(even, tail)  # [4]
         yield from self.finish_values()
