@@ -38,9 +38,9 @@ def describe(commit: str | None = None) -> dict[str, object]:
 
 
 def _without_folder(word: str) -> str:
-    """An absolute path's last part: folders are this machine's business."""
+    """The last part of a path that is absolute or hidden: folders are this machine's business."""
     path = pathlib.PurePath(word)
-    return path.name if path.is_absolute() else word
+    return path.name if path.is_absolute() or word.startswith(".") else word
 
 
 def card() -> dict[str, str] | None:
