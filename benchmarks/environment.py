@@ -38,7 +38,7 @@ def describe(commit: str | None = None) -> dict[str, object]:
 
 
 def _without_folder(word: str) -> str:
-    """The last part of a path that is absolute or hidden: folders are this machine's business."""
+    """The last part of a path that begins with / or a dot: folders are this machine's business."""
     path = pathlib.PurePath(word)
     return path.name if path.is_absolute() or word.startswith(".") else word
 
