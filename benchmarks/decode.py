@@ -21,6 +21,7 @@ import jax
 import lanes
 import measure
 import peers
+import replays
 import report
 import script
 from contenders import OURS, XLA, Chain
@@ -42,6 +43,10 @@ def main() -> None:
     env = environment.describe(options.commit)
     script.say(f"{env['device']}, {env['path']} path, pool of {kv_cache.nbytes / 1e9:.2f} GB")
     beside, left_out = _peers(options)
+    kernels = replays.load(options.runner.parent / replays.LIBRARY)
+    if isinstance(kernels, str):
+        left_out[replays.NAME] = kernels
+        script.say(f"{replays.NAME}: left out, {kernels}")
     limits = ceilings.measure(kv_cache, effort, options.runner)
     script.say("ceilings: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     chains = _compile(options, rows, kv_cache)
@@ -62,6 +67,9 @@ def main() -> None:
         for row in script.progress(ours, len(ours), "rows"):
             inputs = ours[row].inputs
             started = [lanes.chain_lane(name, of[row]) for name, of in chains.items() if row in of]
+            if not isinstance(kernels, str):
+                calls = OURS.calls(row)
+                started.append(replays.lane(kernels, row, inputs, kv_cache, calls))
             started += _peer_lanes(beside, row, inputs, kv_cache, left_out)
             begin = time.perf_counter()
             timings = lanes.interleave(started, turns)
@@ -77,7 +85,8 @@ def main() -> None:
 def entry(row: Row, timings: dict[str, Seconds], state: card.State | None) -> dict[str, object]:
     """A row of the results: what was measured, and the work it stands for."""
     us = {name: seconds.median * 1e6 for name, seconds in timings.items()}
-    ours = timings[OURS.name]
+    jit_us = us.pop(OURS.name)
+    ours = timings.get(replays.NAME, timings[OURS.name])
     return {
         "h_q": row.h_q,
         "s_q": row.s_q,
@@ -85,7 +94,8 @@ def entry(row: Row, timings: dict[str, Seconds], state: card.State | None) -> di
         "seqlen": row.seqlen,
         "bytes": row.work.bytes,
         "flop": row.work.flop,
-        "us": us.pop(OURS.name),
+        "us": us.pop(replays.NAME, jit_us),
+        "jit_us": jit_us,
         "us_low": ours.low * 1e6,
         "us_high": ours.high * 1e6,
         "xla_us": us.pop(XLA.name, None),

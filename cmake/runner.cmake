@@ -11,7 +11,7 @@ add_executable(flashmla_probes
 target_include_directories(flashmla_probes SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 
 # libflashmla_kernels.so, a build of the kernels, and flashmla_compare, which times several in turns.
-add_library(flashmla_kernels SHARED cuda/compare/library.cc)
+add_library(flashmla_kernels SHARED cuda/compare/library.cc cuda/runner/replay.cc)
 target_include_directories(flashmla_kernels SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(flashmla_kernels PRIVATE kernels)
 target_link_options(flashmla_kernels PRIVATE -Wl,--exclude-libs,ALL)

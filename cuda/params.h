@@ -56,8 +56,9 @@ struct DecodeParams {
   int num_sm_parts;
   float softmax_scale;
   bool causal;
-  bool serial = false;      // wait after every WGMMA: the golden kernel of the tests
-  unsigned delay_seed = 0;  // debug builds: random delays in every role
+  bool early_start = false;  // may begin before the kernel ahead on the stream has ended
+  bool serial = false;       // wait after every WGMMA: the golden kernel of the tests
+  unsigned delay_seed = 0;   // debug builds: random delays in every role
 };
 
 }  // namespace flashmla

@@ -28,8 +28,8 @@ inline constexpr int kMostBlocksPerTile = 3;
 
 // Blocks of a part, for each row tile of a KV head. Where there is work for one, one: the blocks
 // of all parts then start on the SMs that the decode kernel leaves first, and none behind its last.
-FLASHMLA_HOST_DEVICE constexpr int blocks_per_tile(int rows) {
-  return rows <= 32 ? 1 : kMostBlocksPerTile;
+FLASHMLA_HOST_DEVICE constexpr int blocks_per_tile(bool few) {
+  return few ? 1 : kMostBlocksPerTile;
 }
 
 // A row's sum over splits so far, relative to the largest lse so far.
@@ -61,11 +61,6 @@ __device__ __forceinline__ float sum_over(float value) {
   return value;
 }
 
-// What a merged row is multiplied by in the end; 0 for a row without keys. NaN is not empty.
-__device__ __forceinline__ float inverse_of(float total) {
-  return total == 0.f ? 0.f : __fdividef(1.f, total);
-}
-
 // The compiler would compute it where it is used.
 __device__ __forceinline__ void pin_address(const void* address) {
   asm volatile("" ::"l"(address));
@@ -91,7 +86,7 @@ class Merge {
   }
 
   // Whether a line's columns are in order, or as decode's epilogue stores them.
-  __device__ __forceinline__ bool in_order() const { return a_.splits_in_order; }
+  __device__ __forceinline__ bool in_order() const { return a_.few; }
 
   // Index of a line's row among the query vectors.
   __device__ __forceinline__ long long vector(int line) const {
@@ -209,7 +204,7 @@ __device__ __forceinline__ void merge_few(const Merge& merge, const Share& share
     const int line = (valid ? base + Merge::group() : base) * kLines;
     Lines<kLines> lines;
     lines.add(merge, line, 0, share.splits);
-    const float factor = inverse_of(lines.weighing.total);
+    const float factor = decode::inverse_sum(lines.weighing.total);
     uint32_t* const target = merge.target(line);
 #pragma unroll
     for (int l = 0; l < kLines; ++l) {
@@ -256,8 +251,8 @@ __device__ __forceinline__ void merge_team(const TeamStorage& storage, int first
       sum.y += factor * pair.y;
     }
   }
-  const float factor = inverse_of(row.total);
-  const int word = merge.in_order() ? lane : lane / 16 * 16 + lane % 4 * 4 + lane / 4 % 4;
+  const float factor = decode::inverse_sum(row.total);
+  const int word = merge.in_order() ? lane : decode::transposed_word(lane);
   merge.target(line)[word] = decode::pack_pair<T>(sum.x * factor, sum.y * factor);
   if (lane == 0) merge.store_lse(line, row);
 }
@@ -303,6 +298,7 @@ __device__ __forceinline__ void merge_many(const Merge& merge, const Share& shar
 template <class T>
 __global__ void __launch_bounds__(kThreads, kMostBlocksPerTile)
     combine_kernel(const __grid_constant__ decode::Arguments a, int blocks_per_part) {
+  sm90::allow_next_kernel();
   const int part = static_cast<int>(blockIdx.x) / blocks_per_part;
   const int block = static_cast<int>(blockIdx.x) - part * blocks_per_part;
   // The schedule is older than the decode kernel, which waited for it.

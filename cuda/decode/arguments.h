@@ -18,12 +18,13 @@ struct Arguments {
   CUtensorMap q_latent_map;
   CUtensorMap q_rope_map;
   DecodeParams params;
-  int rows;              // R: packed query rows per request and KV head
-  int heads_per_kv;      // h_q / h_kv; packed row r is query r / heads_per_kv
-  int row_tiles;         // ceil(rows / 64)
-  int max_length;        // keys that a block_table row can hold
-  float scale_log2;      // softmax_scale * log2(e)
-  bool splits_in_order;  // or a split's columns are as fragments have them (epilogue.cuh)
+  int rows;          // R: packed query rows per request and KV head
+  int heads_per_kv;  // h_q / h_kv; packed row r is query r / heads_per_kv
+  int row_tiles;     // ceil(rows / 64)
+  int max_length;    // keys that a block_table row can hold
+  float scale_log2;  // softmax_scale * log2(e)
+  bool few;          // rows are decode_few's; its splits have their columns in order, those
+                     // of tiles as fragments have them (epilogue.cuh)
 };
 
 // Neighbouring blocks read the same pages at the same time: row tiles run fastest.

@@ -37,6 +37,12 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
+// The word that stands at this place of a row after transpose_quad, of the row before it: quads of
+// 16 words each.
+__device__ __forceinline__ int transposed_word(int place) {
+  return place / 16 * 16 + place % 4 * 4 + place / 4 % 4;
+}
+
 // A row's 256 columns times `factor`: as T in order or, of a split, as float16 as they are.
 template <class T, bool kInOrder>
 __device__ __forceinline__ void store_row(uint16_t* row, const float (&out)[128], int which,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../sm90/registers.cuh"
+#include "early_start.cuh"
 #include "math.cuh"
 
 namespace flashmla::decode {
@@ -33,14 +34,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   const BlockPlace place = block_place(arguments);
 
   sm90::fill_with_nan(shared_bytes, sizeof(Storage));
+  const bool early = arguments.params.early_start;
+  if (early && warp == 1) prefetch_first_pages(arguments, place);
   if (threadIdx.x == 0) {
-    const PartRange part = read_part(arguments, place.part);  // its latency hides behind the rest
+    PartRange part;
+    if (!early) part = read_part(arguments, place.part);  // its latency hides behind the rest
     for (const CUtensorMap* map : {&arguments.latent_map, &arguments.rope_map,
                                    &arguments.q_latent_map, &arguments.q_rope_map}) {
       sm90::tma_prefetch_map(*map);
     }
     init_barriers(storage.barriers);
+    if (early) {
+      sm90::wait_for_previous_kernel();
+      part = read_part(arguments, place.part);
+    }
     storage.part = part;
+  } else if (early) {
+    sm90::wait_for_previous_kernel();
   }
   __syncthreads();
   sm90::allow_next_kernel();

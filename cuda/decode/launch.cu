@@ -7,6 +7,7 @@
 #include "../combine/kernel.cuh"
 #include "../decode_few/launch.h"
 #include "../launch.h"
+#include "../launch_config.h"
 #include "../schedule/kernel.h"
 #include "kernel.cuh"
 #include "tensor_map.h"
@@ -15,10 +16,6 @@ namespace flashmla {
 namespace {
 
 using decode::Arguments;
-
-const char* message(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 // Packed query rows as {64 columns, R rows, `columns` / 64 tiles, batch}; one box is a query tile.
 bool encode_query(CUtensorMap& map, const DecodeParams& p, const void* query, int stride,
@@ -42,7 +39,7 @@ Arguments make_arguments(const DecodeParams& params) {
   a.max_length = static_cast<int>(std::min<long long>(table_keys, schedule::kMaxInt - kPageSize));
   if (params.num_pages == 0) a.max_length = 0;
   a.scale_log2 = params.softmax_scale * static_cast<float>(M_LOG2E);
-  a.splits_in_order = a.rows <= decode_few::kMostRows;
+  a.few = a.rows <= decode_few::kMostRows;
   return a;
 }
 
@@ -75,44 +72,28 @@ const char* prepare_type() {
   return message(cudaFuncGetAttributes(&attributes, combine::combine_kernel<T>));
 }
 
-cudaLaunchConfig_t launch_config(long long blocks, int threads, size_t shared_bytes,
-                                 cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return config;
-}
-
 // The kernel for row tiles of 64.
 template <class T>
 const char* launch_tiles(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;
   const long long blocks = static_cast<long long>(p.h_kv) * a.row_tiles * p.num_sm_parts;
-  const cudaLaunchConfig_t config =
-      launch_config(blocks, decode::kThreads, sizeof(decode::Storage), stream);
-  const auto kernel = p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>;
-  return message(cudaLaunchKernelEx(&config, kernel, a));
+  const LaunchConfig config(static_cast<unsigned>(blocks), decode::kThreads,
+                            sizeof(decode::Storage), stream, p.early_start);
+  return config.launch(p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>,
+                       a);
 }
 
 template <class T>
 const char* launch_type(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;
-  const char* const error =
-      a.rows <= decode_few::kMostRows ? decode_few::launch(a, stream) : launch_tiles<T>(a, stream);
+  const char* const error = a.few ? decode_few::launch(a, stream) : launch_tiles<T>(a, stream);
   if (error != nullptr) return error;
   if (p.num_sm_parts == 1) return nullptr;  // nothing can be split
   const long long blocks =
-      static_cast<long long>(combine::blocks_per_tile(a.rows)) * p.h_kv * a.row_tiles;
-  cudaLaunchConfig_t merge = launch_config(blocks * p.num_sm_parts, combine::kThreads, 0, stream);
-  cudaLaunchAttribute early_start = {};
-  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early_start.val.programmaticStreamSerializationAllowed = 1;
-  merge.attrs = &early_start;
-  merge.numAttrs = 1;
-  return message(
-      cudaLaunchKernelEx(&merge, combine::combine_kernel<T>, a, static_cast<int>(blocks)));
+      static_cast<long long>(combine::blocks_per_tile(a.few)) * p.h_kv * a.row_tiles;
+  const LaunchConfig config(static_cast<unsigned>(blocks * p.num_sm_parts), combine::kThreads, 0,
+                            stream, true);
+  return config.launch(combine::combine_kernel<T>, a, static_cast<int>(blocks));
 }
 
 }  // namespace
@@ -138,8 +119,7 @@ const char* launch_decode(const DecodeParams& params, cudaStream_t stream) {
   if (blocks > schedule::kMaxInt / combine::kMostBlocksPerTile)
     return "too many query rows times SM parts for one grid";
   if (!decode::has_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled";
-  const bool few = a.rows <= decode_few::kMostRows;
-  if (const char* error = few ? nullptr : encode_maps(a)) return error;
+  if (const char* error = a.few ? nullptr : encode_maps(a)) return error;
   return params.element_type == ElementType::kBfloat16 ? launch_type<__nv_bfloat16>(a, stream)
                                                        : launch_type<__half>(a, stream);
 }

@@ -103,6 +103,7 @@ class Math {
     sm90::hide_descriptor(values);
     sm90::hide_descriptor(weights);
     sm90::pin_registers(out_);
+    // Fence and commit once for both: ptxas would put a wait before the products (C7519).
     if (own) {
       sm90::wgmma_fence();
       add_values<T, kSerial>(out_, weights_, values);

@@ -10,7 +10,7 @@ struct ScheduleRow {
   int4 cuts;
   int begin_split;
 
-  __device__ __forceinline__ ScheduleRow(const Arguments& a, int part) {
+  __device__ __forceinline__ void ask(const Arguments& a, int part) {
     const int4* const row = reinterpret_cast<const int4*>(a.params.tile_scheduler_metadata) +
                             static_cast<long long>(part) * (kScheduleColumns / 4);
     cuts = row[0];
@@ -43,20 +43,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& storage = *reinterpret_cast<Storage<kRows>*>(shared_bytes);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   const int kv_head = static_cast<int>(blockIdx.y);
+  const bool early = arguments.params.early_start;
   // Every thread asks for it: nobody waits for another one's word.
-  ScheduleRow schedule_row(arguments, static_cast<int>(blockIdx.x));
+  ScheduleRow schedule_row;
+  if (!early) schedule_row.ask(arguments, static_cast<int>(blockIdx.x));
 
   if (threadIdx.x == kQueryLoaderWarp * 32) {
     sm90::tma_prefetch_map(arguments.query_latent_map);
     sm90::tma_prefetch_map(arguments.page_map);
     sm90::tma_prefetch_map(arguments.query_rope_map);
   }
-  if (warp == 0) {
+  if (!early && warp == 0) {
     decode::prefetch_table(arguments, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
   sm90::fill_with_nan(shared_bytes, sizeof(storage));
   init_barriers(storage.small.barriers, warp);
   clear_padding(storage, arguments.rows, warp);
+  if (early) {
+    if (warp == kProducerWarp) prefetch_first_page(arguments, kv_head);
+    sm90::wait_for_previous_kernel();
+    schedule_row.ask(arguments, static_cast<int>(blockIdx.x));
+  }
   __syncthreads();
   sm90::allow_next_kernel();
   const PartRange part = schedule_row.look(arguments);

@@ -1,6 +1,6 @@
 // Host side: the kernel for a number of rows, an element type, and the serial test variant.
 #include "../decode/tensor_map.h"
-#include "../message.h"
+#include "../launch_config.h"
 #include "kernel.cuh"
 #include "launch.h"
 
@@ -88,13 +88,10 @@ const char* launch(const decode::Arguments& common, cudaStream_t stream) {
   static_cast<decode::Arguments&>(a) = common;
   if (const char* error = encode_maps(a)) return error;
   const Kernel kernel = pick(a.params.element_type, a.rows, a.params.serial);
-  cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(static_cast<unsigned>(a.params.num_sm_parts), static_cast<unsigned>(a.params.h_kv));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kernel.shared_bytes;
-  config.stream = stream;
-  return message(cudaLaunchKernelEx(&config, kernel.function, a));
+  const LaunchConfig config(
+      dim3(static_cast<unsigned>(a.params.num_sm_parts), static_cast<unsigned>(a.params.h_kv)),
+      kThreads, kernel.shared_bytes, stream, a.params.early_start);
+  return config.launch(kernel.function, a);
 }
 
 }  // namespace flashmla::decode_few

@@ -2,6 +2,7 @@
 // what each item is.
 #pragma once
 
+#include "../decode/early_start.cuh"
 #include "../decode/load.cuh"
 #include "../sm90/copy.cuh"
 #include "arguments.h"
@@ -65,6 +66,16 @@ __device__ __forceinline__ void stream_pages(Storage<kRows>& storage, const Argu
       position.advance(kPageParts);
     }
   }
+}
+
+// The first page to L2, while the kernel ahead is at its end.
+__device__ __forceinline__ void prefetch_first_page(const Arguments& a, int kv_head) {
+  const decode::FirstPages pages(a, static_cast<int>(blockIdx.x));
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int id = __shfl_sync(~0u, pages.id, 0);
+  if (lane >= kPageParts || pages.count == 0) return;
+  sm90::tma_prefetch_4d(a.page_map, 0, 0, kv_head * kQkTiles + lane * kPartTiles, id,
+                        sm90::evict_first_policy());
 }
 
 // A request's rows of Q.

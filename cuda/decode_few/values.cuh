@@ -214,7 +214,7 @@ class Values {
 #pragma unroll
     for (auto& pair : factor) {
 #pragma unroll
-      for (float& sum : pair) sum = sum == 0.f ? 0.f : __fdividef(1.f, sum);  // NaN stays NaN
+      for (float& sum : pair) sum = decode::inverse_sum(sum);
     }
   }
 

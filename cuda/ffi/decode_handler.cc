@@ -5,6 +5,13 @@
 
 namespace flashmla {
 
+// A captured call is a graph of its own: there is nothing in it that it could overlap with.
+static bool may_start_early(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(stream, &status) == cudaSuccess &&
+         status == cudaStreamCaptureStatusNone;
+}
+
 static ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyBuffer q_rope,
                          ffi::AnyBuffer kv_cache, ffi::AnyBuffer block_table,
                          ffi::AnyBuffer cache_seqlens, ffi::AnyBuffer tile_scheduler_metadata,
@@ -25,8 +32,9 @@ static ffi::Error decode(cudaStream_t stream, ffi::AnyBuffer q_latent, ffi::AnyB
       .partial_out = *partial_out,
       .partial_rows = *partial_rows,
   };
-  const ffi::ErrorOr<DecodeParams> params = decode_params(buffers, softmax_scale, causal);
+  ffi::ErrorOr<DecodeParams> params = decode_params(buffers, softmax_scale, causal);
   if (params.has_error()) return params.error();
+  params->early_start = may_start_early(stream);
   return launch_error(launch_decode(*params, stream));
 }
 

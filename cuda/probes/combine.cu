@@ -104,8 +104,8 @@ void compare(Mismatches& mismatches, int splits, bool in_order) {
   a.params.num_sm_parts = splits;
   a.rows = kRows;
   a.heads_per_kv = kHeadsQ / kHeadsKv;
-  a.splits_in_order = in_order;
-  constexpr int blocks = combine::blocks_per_tile(kRows) * kHeadsKv;
+  a.few = in_order;
+  constexpr int blocks = combine::blocks_per_tile(kRows <= 32) * kHeadsKv;
   combine::combine_kernel<T><<<blocks * splits, combine::kThreads>>>(a, blocks);
   mismatches.synchronize("combine_kernel");
   const std::vector<uint16_t> got = out.host();

@@ -27,6 +27,7 @@ bool parse_options(int count, char** words, Options& o) {
                                                 {"fp16", &o.fp16},
                                                 {"serial", &o.serial},
                                                 {"golden", &o.golden},
+                                                {"early", &o.early},
                                                 {"repeats", &o.repeats},
                                                 {"slack_pages", &o.slack_pages},
                                                 {"stale", &o.stale},

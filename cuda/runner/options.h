@@ -17,6 +17,7 @@ struct Options {
   int serial = 0;      // the golden kernel
   int golden = 1;      // also run the golden kernel and ask for the same bits
   int repeats = 1;     // runs that must agree bitwise
+  int early = 1;       // decode may begin before the kernel ahead has ended
   unsigned delay = 0;  // debug builds: seed of random delays, another one each repeat
   unsigned seed = 1;
   int slack_pages = 3;       // NaN pages of the pool that no request owns

@@ -39,6 +39,7 @@ DecodeParams decode_params(const Options& o) {
   params.num_sm_parts = default_parts(o);
   params.causal = o.causal != 0;
   params.serial = o.serial != 0;
+  params.early_start = o.early != 0;
   return params;
 }
 

@@ -33,6 +33,12 @@ float Replay::run(int times) {
   return ms;
 }
 
+void Replay::start() {
+  if (error_ == nullptr) note(cudaGraphLaunch(graph_, stream_));
+}
+
+void Replay::wait() { note(cudaStreamSynchronize(stream_)); }
+
 void Replay::note(cudaError_t status) {
   if (status != cudaSuccess && error_ == nullptr) error_ = cudaGetErrorString(status);
 }

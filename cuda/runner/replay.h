@@ -23,6 +23,10 @@ class Replay {
   // Milliseconds of so many replays, back to back.
   float run(int times);
 
+  // The same in two steps, untimed.
+  void start();
+  void wait();
+
  private:
   void note(cudaError_t status);
 

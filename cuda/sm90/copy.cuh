@@ -39,6 +39,14 @@ __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensor
 
 // The same box to L2 only, ahead of its load.
 __device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap& map, int c0, int c1, int c2,
+                                                int c3, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::"l"(
+          &map),
+      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap& map, int c0, int c1, int c2,
                                                 int c3) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map),
                "r"(c0), "r"(c1), "r"(c2), "r"(c3)
@@ -51,6 +59,13 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
 
 __device__ __forceinline__ void prefetch_to_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+
+// What another kernel may be writing at this moment.
+__device__ __forceinline__ int load_unsettled(const int* address) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address));
+  return value;
 }
 
 // 16 bytes from global memory, or zeros where `valid` is false (the source is then not read).
