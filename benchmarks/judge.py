@@ -33,6 +33,7 @@ class Judged:
         best_us: Its time: measured beside ours, or the table's times the run's factor.
         ratio: ``us / best_us``.
         xla_us: Gather + einsum.
+        jit_us: Ours, in a chain under jit.
     """
 
     shape: Shape
@@ -47,6 +48,7 @@ class Judged:
     best_us: float | None
     ratio: float | None
     xla_us: float | None
+    jit_us: float | None
 
     @property
     def rows(self) -> int:
@@ -137,6 +139,7 @@ def _run(result: dict) -> list[Judged]:
                 best_us=peers[best] if best else None,
                 ratio=us / peers[best] if best else None,
                 xla_us=row["xla_us"],
+                jit_us=row.get("jit_us"),
             )
         )
     return judged
@@ -150,7 +153,7 @@ def _median(rows: list[Judged]) -> Judged:
         return statistics.median(values) if values else None
 
     numbers = ("us", "floor_us", "share", "tflops", "table_tflops", "gbps")
-    numbers += ("best_us", "ratio", "xla_us")
+    numbers += ("best_us", "ratio", "xla_us", "jit_us")
     named = statistics.mode(row.best_peer for row in rows)
     return dataclasses.replace(rows[0], best_peer=named, **{name: middle(name) for name in numbers})
 

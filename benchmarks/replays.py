@@ -84,9 +84,7 @@ def load(path: pathlib.Path) -> ctypes.CDLL | str:
     return library
 
 
-def lane(
-    library: ctypes.CDLL, row: Row, inputs: Inputs, kv_cache: jax.Array, calls: int
-) -> Lane:
+def lane(library: ctypes.CDLL, row: Row, inputs: Inputs, kv_cache: jax.Array, calls: int) -> Lane:
     """A CUDA graph of ``calls`` back-to-back calls over the row's KV sets.
 
     Raises:

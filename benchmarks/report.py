@@ -27,6 +27,7 @@ _COLUMNS = (
     "GB/s",
     "floor",
     "share",
+    "under jit",
     "XLA",
 )
 _GOAL_COLUMNS = ("goal", "must", "aim", "reached", "verdict")
@@ -154,6 +155,7 @@ def _row(row: judge.Judged) -> tuple[str, ...]:
         f"{row.gbps:.0f}",
         f"{row.floor_us:.1f}",
         f"{row.share:.0%}",
+        f"{row.jit_us:.1f}" if row.jit_us else "-",
         f"{row.xla_us:.0f}" if row.xla_us else "-",
     )
 

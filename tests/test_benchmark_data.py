@@ -106,6 +106,7 @@ def test_script_runs_on_tiny_shapes(script: str, tmp_path: pathlib.Path) -> None
         (row,) = result["rows"]
         assert row["us"] > 0
         assert row["xla_us"] > 0
-        assert set(result["left_out"]) == {"vllm_flashmla", "fa3"}
+        assert row["jit_us"] == row["us"]
+        assert set(result["left_out"]) == {"jax_flashmla replayed", "vllm_flashmla", "fa3"}
     if script == "trace_batches.py":
         assert [batch["tpot_ms"] for batch in result["batches"]] == [25, 50, 100]

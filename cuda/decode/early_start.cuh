@@ -1,5 +1,5 @@
-// What a block does before the kernel ahead on the stream has ended, if it may begin so early: it
-// brings its first pages to L2.
+// What a block does beside its own preparations and, if it may begin so early, before the kernel
+// ahead on the stream has ended: it brings its first pages to L2.
 //
 // The kernel ahead may be writing the schedule, lengths and block table: what is read here is good
 // for that and nothing else. Pages that it writes are brought all the same: L2 is where it writes.
@@ -16,7 +16,8 @@ struct FirstPages {
   int id = 0;          // of this lane's page
   bool split = false;  // they are of a piece of a request
 
-  __device__ __forceinline__ FirstPages(const Arguments& a, int part) {
+  // None if they are less than `least` of one request: nothing is read for those.
+  __device__ __forceinline__ FirstPages(const Arguments& a, int part, int least) {
     int row[kScheduleColumns] = {};
     const int* const source =
         a.params.tile_scheduler_metadata + static_cast<long long>(part) * kScheduleColumns;
@@ -25,6 +26,7 @@ struct FirstPages {
     const PartRange range = read_part(row, a.params.batch);
     const int request = range.begin_request;
     if (!in_part(range, a.params.batch, request)) return;
+    if (range.end_request == request && range.end_page - range.begin_page < least) return;
     const int width = a.params.max_pages_per_seq;
     const int mine = clamped(range.begin_page, 0, width) + static_cast<int>(threadIdx.x % 32);
     if (mine < width) {
@@ -38,12 +40,19 @@ struct FirstPages {
   }
 };
 
+// Without an early start reading two addresses takes as long as the rest of the preparations: not
+// worth it for a page or two.
+__device__ __forceinline__ int least_to_prefetch(const Arguments& a) {
+  return a.params.early_start ? 1 : 3;
+}
+
 // Row tiles that read the same pages share the boxes. Where they do, memory is idle before only if
-// requests are split and combined.
+// this is an early start, and requests are split and combined.
 __device__ __forceinline__ void prefetch_first_pages(const Arguments& a, const BlockPlace& place) {
   constexpr int kLanesPerPage = 8;
   static_assert(kPageBoxes <= kLanesPerPage);
-  const FirstPages pages(a, place.part);
+  if (a.row_tiles > 1 && !a.params.early_start) return;
+  const FirstPages pages(a, place.part, least_to_prefetch(a));
   const int wanted = a.row_tiles == 1 ? 1 : pages.split ? 2 : 0;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int page = lane / kLanesPerPage;

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   sm90::fill_with_nan(shared_bytes, sizeof(Storage));
   const bool early = arguments.params.early_start;
-  if (early && warp == 1) prefetch_first_pages(arguments, place);
+  if (warp == 1) prefetch_first_pages(arguments, place);
   if (threadIdx.x == 0) {
     PartRange part;
     if (!early) part = read_part(arguments, place.part);  // its latency hides behind the rest

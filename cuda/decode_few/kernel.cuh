@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   sm90::fill_with_nan(shared_bytes, sizeof(storage));
   init_barriers(storage.small.barriers, warp);
   clear_padding(storage, arguments.rows, warp);
+  if (warp == kProducerWarp) prefetch_first_page(arguments, kv_head);
   if (early) {
-    if (warp == kProducerWarp) prefetch_first_page(arguments, kv_head);
     sm90::wait_for_previous_kernel();
     schedule_row.ask(arguments, static_cast<int>(blockIdx.x));
   }

@@ -68,9 +68,9 @@ __device__ __forceinline__ void stream_pages(Storage<kRows>& storage, const Argu
   }
 }
 
-// The first page to L2, while the kernel ahead is at its end.
+// The first page to L2.
 __device__ __forceinline__ void prefetch_first_page(const Arguments& a, int kv_head) {
-  const decode::FirstPages pages(a, static_cast<int>(blockIdx.x));
+  const decode::FirstPages pages(a, static_cast<int>(blockIdx.x), decode::least_to_prefetch(a));
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int id = __shfl_sync(~0u, pages.id, 0);
   if (lane >= kPageParts || pages.count == 0) return;
