@@ -79,8 +79,9 @@ def interleave(lanes: Sequence[Lane], turns: Turns) -> dict[str, Seconds]:
             runs = max(1, min(2000, round(turns.seconds / once[lane.name])))
             time.sleep(turns.rest)
             # The first run behind a rest and other contenders takes the host milliseconds more,
-            # which would not cancel: chains in a jit seemed 5 to 10% faster than they are.
-            _run(lane, 1)
+            # which would not cancel: short chains in a jit seemed 5 to 10% faster than they are.
+            if once[lane.name] < turns.seconds / 8:
+                _run(lane, 1)
             seconds = further_step(functools.partial(_run, lane), runs)
             taken[lane.name].append(seconds / lane.calls)
     return {
