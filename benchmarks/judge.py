@@ -74,10 +74,10 @@ class Judged:
 
 
 def judge(results: list[dict]) -> list[Judged]:
-    """The rows that all of these results of `decode.py` hold, each the median over the results."""
+    """The rows of these results of `decode.py`, each the median over the results that hold it."""
     runs = [{judged.shape: judged for judged in _run(result)} for result in results]
-    shared = [shape for shape in runs[0] if all(shape in run for run in runs)]
-    return [_median([run[shape] for run in runs]) for shape in shared]
+    shapes = dict.fromkeys(shape for run in runs for shape in run)
+    return [_median([run[shape] for run in runs if shape in run]) for shape in shapes]
 
 
 def factor(result: dict) -> float | None:

@@ -127,6 +127,7 @@ def _about(result: dict) -> str:
             else "peers that did not run: their table times as they are, FA3 did not run either"
         )
         words += [f"left out: {name}, {why}" for name, why in result["left_out"].items()]
+    words += result.get("remarks", [])
     return "\n".join(f"- {word}" for word in words)
 
 

@@ -192,6 +192,37 @@ def test_lanes_take_turns_and_each_gets_its_own_time(load: Callable[[str], Modul
     assert timings["fast"].median == pytest.approx(0.0025)
 
 
+@pytest.mark.usefixtures("sleeping_clock")
+def test_first_run_behind_a_rest_does_not_count_where_jax_starts_it(
+    load: Callable[[str], ModuleType],
+) -> None:
+    lanes = load("lanes")
+    turns = lanes.Turns(rounds=3, seconds=0.01, rest=0.5)
+
+    def lane(*, through_jax: bool) -> object:
+        last = -1.0
+
+        def start() -> None:
+            nonlocal last
+            rested = time.perf_counter() - last > turns.rest / 2
+            time.sleep(0.004 + 0.001 * rested)
+            last = time.perf_counter()
+
+        return lanes.Lane("lane", 1, start, lambda: None, through_jax=through_jax)
+
+    exact = lanes.interleave([lane(through_jax=True)], turns)["lane"].median
+    assert exact == pytest.approx(0.004)
+    short = lanes.interleave([lane(through_jax=False)], turns)["lane"].median
+    assert short < 0.0038
+
+
+def test_rows_of_several_results_are_all_judged(load: Callable[[str], ModuleType]) -> None:
+    whole, cut = (run(load, lambda entry, by=by: by * entry["best_us"]) for by in (1.0, 1.2))
+    cut["rows"] = cut["rows"][:-1]
+    judged = load("judge").judge([cut, whole])
+    assert [row.ratio for row in judged] == pytest.approx([1.1] * 61 + [1.0])
+
+
 def test_state_of_the_card_is_the_median_since_a_row_began(
     load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
