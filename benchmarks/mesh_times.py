@@ -146,4 +146,4 @@ def lane(ready: Compiled) -> lanes.Lane:
     def wait() -> None:
         jax.block_until_ready(state)
 
-    return lanes.Lane(program.name, program.calls, start, wait)
+    return lanes.Lane(program.name, program.calls, start, wait, through_jax=True)
