@@ -10,6 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+# Once in some 2,000 runs, with two threads, the reference's last token moved by 2e-4 of an
+# attention's result, while the layer under test gave the bits that it always gives.
+torch.set_num_threads(1)
+
 
 def build(
     config: Mapping[str, Any],
