@@ -18,25 +18,29 @@ CONSTANTS = {
     "page_parts": 3,
     "part_bytes": 24576,
     "weight_slots": 4,
-    "warps_per_role": 4,
+    "score_warps": 4,
+    "value_warps": 8,
+    "first_known_arrivals": 1,
     "part_full_arrivals": 1,
-    "part_empty_arrivals": 4,
+    "part_empty_arrivals": 8,
     "query_full_arrivals": 2,
-    "query_empty_arrivals": 8,
+    "query_empty_arrivals": 12,
     "weights_ready_arrivals": 16,
     "sums_ready_arrivals": 16,
     "page_max_buffers": 2,
     "row_sum_buffers": 2,
     "query_buffers": 2,
     "assignment_buffers": 2,
-    "barrier_count": 24,
+    "barrier_count": 25,
 }
 PARTS = range(CONSTANTS["page_parts"])
 LAST = PARTS[-1]
 WEIGHT_SLOTS = CONSTANTS["weight_slots"]
-WARPS = range(CONSTANTS["warps_per_role"])
+WARPS = range(CONSTANTS["score_warps"])
+VALUE_WARPS = range(CONSTANTS["value_warps"])
 QUERY_BYTES = 16 * 1152
 SPEAKING_LANES = 4  # of a warp: one for each two rows of a block of eight
+FIRST = ("first_known",)
 
 
 def slot_of(part: int, slots: int) -> tuple[int, int]:
@@ -53,8 +57,9 @@ def add_barriers(m: Machine, slots: int) -> None:
     for parity in range(2):
         for name in ("query_full", "query_empty", "sums_ready"):
             m.add_barrier(name, parity, arrivals=CONSTANTS[f"{name}_arrivals"])
+    m.add_barrier(*FIRST, arrivals=CONSTANTS["first_known_arrivals"])
     for role in ("score_warps", "value_warps"):
-        m.add_barrier(role, arrivals=len(WARPS))
+        m.add_barrier(role, arrivals=CONSTANTS[role])
 
 
 def buffer(m: Machine, name: str, count: int, *key: int) -> Region:
@@ -70,15 +75,47 @@ def part_regions(m: Machine, slot: int, part: int) -> list[Region]:
     return [m.region("part", slot), *tail, *rope]
 
 
-def produce(m: Machine, items: list[Item], slots: int) -> Step:
-    """The producer warp: decode_few::Producer."""
-    n = 0
+def produce(m: Machine, items: list[Item], slots: int, guess: bool | None) -> Step:
+    """The producer and the query loader: decode_few::stream_pages and load_queries.
+
+    `guess`: whether the page that was asked for before the items were known is the right one; None
+    where none was.
+    """
+    n = 0  # pages in the ring so far
+    if guess is not None:
+        yield from request_page(m, 0, slots, ("page", 0) if guess else ("guess", 0))
+    known = False
     for i, item in enumerate(items):
         yield from request_query(m, i)
         yield from assign(m, i)
         for _ in range(item.pages):
-            yield from request_page(m, n, slots)
+            if not known:
+                n = yield from tell_first(m, guess)
+                known = True
+            if n > 0 or not guess:
+                skipped = 0 if guess in (None, True) else 1
+                yield from request_page(m, n, slots, ("page", n - skipped))
             n += 1
+    if guess is not None and not known:
+        yield from discard_page(m)
+
+
+def tell_first(m: Machine, guess: bool | None) -> Generator[Callable[[], bool] | None, None, int]:
+    """Where in the ring the first page is, 0 or 1."""
+    first = 0
+    if guess is False:
+        yield from discard_page(m)
+        first = 1
+    yield from m.write(m.region("first_slot"), ("first", first))
+    yield from m.arrive(*FIRST)
+    return first
+
+
+def discard_page(m: Machine) -> Step:
+    for part in PARTS:
+        yield from m.wait("part_full", part, phase=0)
+        for _ in range(CONSTANTS["part_empty_arrivals"]):
+            yield from m.arrive("part_empty", part)
 
 
 def request_query(m: Machine, i: int) -> Step:
@@ -94,7 +131,7 @@ def assign(m: Machine, i: int) -> Step:
     yield from m.arrive("query_full", i % 2)
 
 
-def request_page(m: Machine, n: int, slots: int) -> Step:
+def request_page(m: Machine, n: int, slots: int, tag: tuple[str, int]) -> Step:
     for part in PARTS:
         slot, use = slot_of(n * len(PARTS) + part, slots)
         if n > 0:  # the same part of the page before has arrived
@@ -103,7 +140,7 @@ def request_page(m: Machine, n: int, slots: int) -> Step:
         yield from m.wait("part_empty", slot, phase=use - 1)
         m.barriers["part_full", slot].arrive(expected_bytes=CONSTANTS["part_bytes"])
         regions = part_regions(m, slot, part)
-        m.copy(regions, ("page", n), ("part_full", slot), CONSTANTS["part_bytes"])
+        m.copy(regions, tag, ("part_full", slot), CONSTANTS["part_bytes"])
         yield
 
 
@@ -113,10 +150,11 @@ Reading = list[Region]  # by WGMMA of one commit group
 class Role:
     """What the warps of both math roles do alike."""
 
-    def __init__(self, m: Machine, warp: int, slots: int) -> None:
+    def __init__(self, m: Machine, warp: int, slots: int, first: int) -> None:
         self.m = m
         self.warp = warp
         self.slots = slots
+        self.first = first  # place of the first page in the ring, as it will be told
         self.page = 0  # of the block
         self.reading: list[Region] = []  # by WGMMA
 
@@ -138,8 +176,16 @@ class Role:
         for w in WARPS:
             yield from self.read(buffer(self.m, "row_sum", i, w), ("sum", i))
 
+    def learn_first(self) -> Step:
+        if self.page == 0:
+            yield from self.m.wait(*FIRST, phase=0)
+            yield from self.read(self.m.region("first_slot"), ("first", self.first))
+
+    def place(self, part: int) -> tuple[int, int]:
+        return slot_of((self.first + self.page) * len(PARTS) + part, self.slots)
+
     def part_slots(self) -> list[int]:
-        return [slot_of(self.page * len(PARTS) + part, self.slots)[0] for part in PARTS]
+        return [self.place(part)[0] for part in PARTS]
 
 
 class ScoresWarp(Role):
@@ -159,8 +205,9 @@ class ScoresWarp(Role):
             yield from self.end_item(i)  # [6]
 
     def compute(self, i: int) -> Step:
+        yield from self.learn_first()
         for part in PARTS:
-            slot, use = slot_of(self.page * len(PARTS) + part, self.slots)
+            slot, use = self.place(part)
             yield from self.m.wait("part_full", slot, phase=use)
             self.begin_read(buffer(self.m, "query", i), ("query", i))
             self.begin_read(self.m.region("part", slot), ("page", self.page))
@@ -212,9 +259,13 @@ class ScoresWarp(Role):
 
 
 class ValuesWarp(Role):
-    """A warp of decode_few::Values."""
+    """A warp of decode_few::Values. Its half has tiles of two parts, in two commit groups."""
 
-    meetings = 0  # of the four warps
+    meetings = 0  # of all warps of the values
+
+    @property
+    def left(self) -> bool:
+        return self.warp < len(WARPS)
 
     def run(self, items: list[Item]) -> Step:
         for i, item in enumerate(items):
@@ -236,65 +287,76 @@ class ValuesWarp(Role):
         slot = self.page % WEIGHT_SLOTS
         yield from self.m.wait("weights_ready", slot, phase=self.page // WEIGHT_SLOTS)
         yield from self.read(buffer(self.m, "factors", self.page), ("factors", self.page))  # [4]
+        yield from self.learn_first()
         slots = self.part_slots()
         reading: list[Reading] = []
-        for part in PARTS:  # [5]
+        for parts in ((0,), (1,)) if self.left else ((1, 2), (2,)):  # [5]
             for w in WARPS:
                 self.begin_read(self.m.region("rope", slots[LAST], w), ("P", self.page))
-            self.begin_read(self.m.region("part", slots[part]), ("page", self.page))
-            for w in WARPS:
-                tag = ("zero" if tail else "page", self.page)
-                self.begin_read(self.m.region("tail", slots[part], w), tag)
+            for part in parts:
+                self.begin_read(self.m.region("part", slots[part]), ("page", self.page))
+                for w in WARPS:
+                    tag = ("zero" if tail else "page", self.page)
+                    self.begin_read(self.m.region("tail", slots[part], w), tag)
             reading.append(self.reading)
             self.reading = []
             yield
         return reading
 
     def finish_page(self, reading: list[Reading]) -> Step:
-        for slot, regions in zip(self.part_slots(), reading, strict=True):
+        freed = ((0,), (1, 2)) if self.left else ((0, 1), (2,))
+        for parts, regions in zip(freed, reading, strict=True):
             self.m.end_read(regions)
-            yield from self.m.arrive("part_empty", slot)
+            for part in parts:
+                yield from self.m.arrive("part_empty", self.place(part)[0])
 
     def last_page(self, i: int, item: Item, reading: list[Reading]) -> Step:
-        stage = self.stage_split if item.split else self.stage_whole
-        yield from stage(i, reading)
+        yield from self.wait_for_sums(i)  # [7]
+        for regions in reading:
+            self.m.end_read(regions)
+        yield from self.stage_split(i) if item.split else self.stage_whole(i)
         slots = enumerate(self.part_slots())
         staged = [region for part, slot in slots for region in self.stage(part, slot)]
         yield from self.m.fence("out", staged)
         yield from self.meet()
         for slot in self.part_slots():  # [9]
+            yield from self.read(self.m.region("part", slot), ("out", i))
             for w in WARPS:
                 yield from self.read(self.m.region("tail", slot, w), ("out", i))
         for slot in self.part_slots():
             yield from self.m.arrive("part_empty", slot)
 
-    def stage_whole(self, i: int, reading: list[Reading]) -> Step:
-        yield from self.wait_for_sums(i)  # [7]
-        for part, slot in enumerate(self.part_slots()):  # [8]
-            self.m.end_read(reading[part])
-            yield from self.meet()
-            for region in self.stage(part, slot):
-                yield from self.m.write(region, ("out", i))
+    def stage_whole(self, i: int) -> Step:
+        yield from self.meet()
+        yield from self.stage_rows(i)
 
-    def stage_split(self, i: int, reading: list[Reading]) -> Step:
-        for regions in reading:
-            self.m.end_read(regions)
+    def stage_split(self, i: int) -> Step:
         yield from self.m.write(self.m.region("magnitudes", self.warp), ("most", i))
         yield from self.meet()
-        yield from self.wait_for_sums(i)  # [7]
-        for w in WARPS:
+        for w in VALUE_WARPS:
             yield from self.read(self.m.region("magnitudes", w), ("most", i))
+        yield from self.stage_rows(i)
+
+    def stage_rows(self, i: int) -> Step:
         for part, slot in enumerate(self.part_slots()):  # [8]
             for region in self.stage(part, slot):
                 yield from self.m.write(region, ("out", i))
 
     def stage(self, part: int, slot: int) -> list[Region]:
-        """Every warp stages its columns of all rows; the first stands for the rest of the part."""
-        regions = [self.m.region("tail", slot, self.warp)]
-        if self.warp == 0:
+        """What stands for the columns of a part that this warp stages.
+
+        Of the part in the middle each half has some: the left one's stand for its tails, the right
+        one's for the rest.
+        """
+        if part == (LAST if self.left else 0):
+            return []
+        shared = part not in (0, LAST)
+        regions = [] if shared and not self.left else part_regions(self.m, slot, part)
+        mine = [region for region in regions if region.name == ("tail", slot, self.warp % 4)]
+        if self.warp % 4 == 0 and not (shared and self.left):
             others = part_regions(self.m, slot, part)
-            regions += [region for region in others if region.name[0] != "tail"]
-        return regions
+            mine += [region for region in others if region.name[0] != "tail"]
+        return mine
 
     def wait_for_sums(self, i: int) -> Step:
         yield from self.m.wait("sums_ready", i % 2, phase=i // 2)
@@ -313,13 +375,26 @@ def simulate(
     faults: Faults = NO_FAULTS,
     scores_warp: type[ScoresWarp] = ScoresWarp,
     values_warp: type[ValuesWarp] = ValuesWarp,
+    guess: bool | None = None,
 ) -> None:
-    """Runs one block over its items in a random interleaving; raises Violation."""
+    """Runs one block over its items in a random interleaving; raises Violation.
+
+    Args:
+        items: what the block does.
+        seed: of the interleaving.
+        slots: of the ring.
+        faults: deliberate mistakes.
+        scores_warp: the role, or one with a mistake.
+        values_warp: the same.
+        guess: whether the first page was asked for ahead, and rightly; None: it was not.
+    """
     items = list(items)
     m = Machine(seed, faults)
     add_barriers(m, slots)
-    m.start("producer", produce(m, items, slots))
+    m.start("producer", produce(m, items, slots, guess))
+    first = int(guess is False)
     for warp in WARPS:
-        m.start(f"scores, warp {warp}", scores_warp(m, warp, slots).run(items))
-        m.start(f"values, warp {warp}", values_warp(m, warp, slots).run(items))
+        m.start(f"scores, warp {warp}", scores_warp(m, warp, slots, first).run(items))
+    for warp in VALUE_WARPS:
+        m.start(f"values, warp {warp}", values_warp(m, warp, slots, first).run(items))
     m.run()

@@ -62,10 +62,10 @@ STALE_RUNNER = _words(
 )
 # Sanitizers slow a kernel down by two orders of magnitude: few pages, all roles.
 SANITIZED = _words(
-    "b=1 h_q=16 len=1 golden=0",
+    "b=1 h_q=16 len=1 golden=0 repeats=2",
     "b=3 h_q=128 s_q=2 len=300,0,65 golden=0",
     "b=2 h_q=63 len=640,129 parts=6 golden=0",
-    "b=2 h_q=6 h_kv=3 len=200,70 causal=0 fp16=1 golden=0",
+    "b=2 h_q=6 h_kv=3 len=200,70 causal=0 fp16=1 golden=0 repeats=2",
     "b=2 h_q=16 len=300,129 stale=700",
 )
 DELAYS = tuple(

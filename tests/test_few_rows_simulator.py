@@ -8,7 +8,16 @@ import random
 import pytest
 from barrier_layout import Item
 from barrier_machine import NO_FAULTS, Faults, Step, Violation
-from few_rows_simulator import CONSTANTS, WARPS, Reading, ScoresWarp, ValuesWarp, simulate
+from few_rows_simulator import (
+    CONSTANTS,
+    PARTS,
+    VALUE_WARPS,
+    Reading,
+    ScoresWarp,
+    ValuesWarp,
+    simulate,
+    slot_of,
+)
 
 ITEM_LISTS = {
     "nothing": [],
@@ -20,6 +29,7 @@ ITEM_LISTS = {
     "a long split": [Item(13, split=True)],
     "short splits": [Item(1, split=True)] * 6,
 }
+GUESSES = (None, True, False, False)
 SLOTS = sorted({CONSTANTS[f"slots_{rows}"] for rows in (8, 16, 24, 32)})
 MIXED = [
     Item(3, tail=True, split=True),
@@ -36,7 +46,7 @@ SHORT = [Item(pages, split=pages > 0) for pages in (0, 1, 0, 0, 1, 1, 0, 1, 1, 1
 @pytest.mark.parametrize("name", ITEM_LISTS)
 def test_protocol_holds(name: str, slots: int) -> None:
     for seed in range(30):
-        simulate(ITEM_LISTS[name], seed, slots)
+        simulate(ITEM_LISTS[name], seed, slots, guess=GUESSES[seed % len(GUESSES)])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -47,7 +57,7 @@ def test_protocol_holds_on_random_items(seed: int) -> None:
             Item(rng.choice([0, 1, 1, 2, 3, 4, 7]), rng.random() < 0.5, rng.random() < 0.5)
             for _ in range(6)
         ]
-        simulate(items, interleaving, rng.choice(SLOTS))
+        simulate(items, interleaving, rng.choice(SLOTS), guess=rng.choice(GUESSES))
 
 
 def found(
@@ -58,8 +68,9 @@ def found(
     """Returns what the simulator says about a mistake, '' if the interleavings hide it."""
     for seed in range(60):
         for items in (MIXED, SHORT):
+            slots, guess = SLOTS[seed % len(SLOTS)], GUESSES[seed % len(GUESSES)]
             try:
-                simulate(items, seed, SLOTS[seed % len(SLOTS)], faults, scores_warp, values_warp)
+                simulate(items, seed, slots, faults, scores_warp, values_warp, guess)
             except Violation as violation:
                 return str(violation)
     return ""
@@ -70,6 +81,8 @@ def found(
     [
         *(f"wait {name}" for name in ("part_full", "part_empty", "query_full", "query_empty")),
         *(f"wait {name}" for name in ("weights_ready", "sums_ready", "score_warps", "value_warps")),
+        "wait first_known",
+        "arrive first_known",
         *(f"arrive {name}" for name in ("part_empty", "query_full", "query_empty")),
         *(f"arrive {name}" for name in ("weights_ready", "sums_ready", "score_warps")),
         "arrive value_warps",
@@ -84,16 +97,16 @@ def test_a_missing_step_is_found(step: str) -> None:
     ("barrier", "arrivals"),
     [
         ("part_full", 2),
-        ("part_empty", 3),
-        ("part_empty", 5),
+        ("part_empty", 7),
+        ("part_empty", 9),
         ("query_full", 1),
-        ("query_empty", 4),
-        ("query_empty", 7),
+        ("query_empty", 8),
+        ("query_empty", 11),
         ("weights_ready", 4),
         ("weights_ready", 12),
         ("sums_ready", 12),
         ("score_warps", 3),
-        ("value_warps", 3),
+        ("value_warps", 7),
     ],
 )
 def test_a_wrong_arrival_count_is_found(barrier: str, arrivals: int) -> None:
@@ -147,11 +160,18 @@ class ForgottenSums(ScoresWarp):
 class LoneScale(ValuesWarp):
     """A split's rows are scaled by the warp's own columns before the others have told theirs."""
 
-    def stage_split(self, i: int, reading: list[Reading]) -> Step:
-        for w in WARPS:
+    def stage_split(self, i: int) -> Step:
+        for w in VALUE_WARPS:
             if w != self.warp:
                 yield from self.read(self.m.region("magnitudes", w), ("most", i))
-        yield from super().stage_split(i, reading)
+        yield from super().stage_split(i)
+
+
+class HastyMath(ScoresWarp):
+    """The first page is looked for where it lies if there was no wrong guess."""
+
+    def place(self, part: int) -> tuple[int, int]:
+        return slot_of(self.page * len(PARTS) + part, self.slots)
 
 
 def test_a_mistaken_role_is_found() -> None:
@@ -159,4 +179,5 @@ def test_a_mistaken_role_is_found() -> None:
     assert found(values_warp=LoneScale)
     assert found(values_warp=EarlyValues)
     assert found(scores_warp=EarlyQuery)
+    assert found(scores_warp=HastyMath)
     assert found(scores_warp=ForgottenSums)

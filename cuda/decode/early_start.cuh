@@ -16,6 +16,9 @@ struct FirstPages {
   int id = 0;          // of this lane's page
   bool split = false;  // they are of a piece of a request
 
+  // The whole warp's first page.
+  __device__ __forceinline__ int first_id() const { return __shfl_sync(~0u, id, 0); }
+
   // None if they are less than `least` of one request: nothing is read for those.
   __device__ __forceinline__ FirstPages(const Arguments& a, int part, int least) {
     int row[kScheduleColumns] = {};

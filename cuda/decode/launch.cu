@@ -64,12 +64,20 @@ const char* prepare_kernel() {
                                       sizeof(decode::Storage)));
 }
 
+template <class T, int kMostRows>
+const char* prepare_combine() {
+  return message(cudaFuncSetAttribute(combine::combine_kernel<T, kMostRows>,
+                                      cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      combine::Blocks<kMostRows>::kSharedPercent));
+}
+
 template <class T>
 const char* prepare_type() {
   if (const char* error = prepare_kernel<T, false>()) return error;
   if (const char* error = prepare_kernel<T, true>()) return error;
-  cudaFuncAttributes attributes;
-  return message(cudaFuncGetAttributes(&attributes, combine::combine_kernel<T>));
+  if (const char* error = prepare_combine<T, 16>()) return error;
+  if (const char* error = prepare_combine<T, decode_few::kMostRows>()) return error;
+  return prepare_combine<T, decode::kRowTile>();
 }
 
 // The kernel for row tiles of 64.
@@ -83,17 +91,25 @@ const char* launch_tiles(const Arguments& a, cudaStream_t stream) {
                        a);
 }
 
+template <class T, int kMostRows>
+const char* launch_combine(const Arguments& a, cudaStream_t stream) {
+  using Blocks = combine::Blocks<kMostRows>;
+  const DecodeParams& p = a.params;
+  const long long blocks = static_cast<long long>(Blocks::kPerTile) * p.h_kv * a.row_tiles;
+  const LaunchConfig config(static_cast<unsigned>(blocks * p.num_sm_parts), Blocks::kThreads, 0,
+                            stream, true);
+  return config.launch(combine::combine_kernel<T, kMostRows>, a, static_cast<int>(blocks));
+}
+
 template <class T>
 const char* launch_type(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;
   const char* const error = a.few ? decode_few::launch(a, stream) : launch_tiles<T>(a, stream);
   if (error != nullptr) return error;
   if (p.num_sm_parts == 1) return nullptr;  // nothing can be split
-  const long long blocks =
-      static_cast<long long>(combine::blocks_per_tile(a.few)) * p.h_kv * a.row_tiles;
-  const LaunchConfig config(static_cast<unsigned>(blocks * p.num_sm_parts), combine::kThreads, 0,
-                            stream, true);
-  return config.launch(combine::combine_kernel<T>, a, static_cast<int>(blocks));
+  if (a.rows <= 16) return launch_combine<T, 16>(a, stream);
+  if (a.few) return launch_combine<T, decode_few::kMostRows>(a, stream);
+  return launch_combine<T, decode::kRowTile>(a, stream);
 }
 
 }  // namespace
@@ -116,7 +132,7 @@ const char* prepare_device() {
 const char* launch_decode(const DecodeParams& params, cudaStream_t stream) {
   Arguments a = make_arguments(params);
   const long long blocks = static_cast<long long>(params.h_kv) * a.row_tiles * params.num_sm_parts;
-  if (blocks > schedule::kMaxInt / combine::kMostBlocksPerTile)
+  if (blocks > schedule::kMaxInt / combine::Blocks<decode::kRowTile>::kPerTile)
     return "too many query rows times SM parts for one grid";
   if (!decode::has_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled";
   if (const char* error = a.few ? nullptr : encode_maps(a)) return error;

@@ -16,7 +16,7 @@ struct Arguments : decode::Arguments {
 // A box of queries is all rows of a request and KV head, of so many tiles: of all if such tiles are
 // as long as those in shared memory.
 FLASHMLA_HOST_DEVICE constexpr int query_box_tiles(int rows) {
-  return rows % kRowStep == 0 ? kValueTiles : 1;
+  return rows % kRowStep == 0 ? kQkTiles - 1 : 1;
 }
 
 using decode::PartRange;

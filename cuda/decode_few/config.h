@@ -15,22 +15,18 @@ using decode::kWarpsPerWarpgroup;
 inline constexpr int kMostRows = 32;  // more are faster as M of a WGMMA than as N
 inline constexpr int kRowStep = 8;    // N of a WGMMA comes in eights
 
-// Warps: four for the scores, four for the values, and these.
-inline constexpr int kProducerWarp = 2 * kWarpsPerWarpgroup;
+// Warps: four for the scores, four for each half of the values, and these.
+inline constexpr int kValueWarps = 2 * kWarpsPerWarpgroup;
+inline constexpr int kProducerWarp = kWarpsPerWarpgroup + kValueWarps;
 inline constexpr int kQueryLoaderWarp = kProducerWarp + 1;
 inline constexpr int kThreads = (kQueryLoaderWarp + 1) * 32;
 
 // A page of keys is nine tiles of 64 tokens x 64 columns; it arrives, and is freed, in three parts.
 inline constexpr int kPageParts = 3;
 inline constexpr int kPartTiles = kQkTiles / kPageParts;
-inline constexpr int kValueTiles = kHeadDimV / 64;
+inline constexpr int kHalfTiles = kHeadDimV / 64 / 2;  // of V: what a warpgroup of the values has
 inline constexpr uint32_t kPartBytes = kPartTiles * sm90::kTileBytes;
 static_assert(kPartTiles * kPageParts == kQkTiles);
-
-// Values of a part: all its tiles but the rotary one, the last of all.
-FLASHMLA_HOST_DEVICE constexpr int part_value_tiles(int part) {
-  return part == kPageParts - 1 ? kPartTiles - 1 : kPartTiles;
-}
 
 // Rows of a query or P tile: R rounded up.
 FLASHMLA_HOST_DEVICE constexpr int padded_rows(int rows) {

@@ -50,8 +50,8 @@ class Target {
 // An item without pages: zeros.
 __device__ __forceinline__ void store_zeros(const Target& target) {
   constexpr int kChunks = kHeadDimV * 2 / sm90::kChunkBytes;
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  for (int i = thread; i < target.rows() * kChunks; i += kWarpgroup) {
+  const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
+  for (int i = thread; i < target.rows() * kChunks; i += kValueWarps * 32) {
     const int row = i / kChunks;
     reinterpret_cast<uint4*>(target.values(row))[i % kChunks] = make_uint4(0, 0, 0, 0);
     if (i % kChunks < 2 && !target.whole()) target.partial(row).scale[i % kChunks] = 1.f;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_zeros(const Target& target) {
 }
 
 template <int kRows>
-using Output = float[kValueTiles][kRows / 2];
+using Output = float[kHalfTiles][kRows / 2];
 
 // An item's output in 16 bits, in the parts of its last page: each holds its own columns, in rows
 // of 16-byte chunks. The chunks of a row change places so that the lanes that stage fragments use
@@ -69,24 +69,32 @@ struct Stage {
   static constexpr int kPerChunk = sm90::kChunkBytes / 2;
   uint32_t parts[kPageParts];
 
+  // An index known at run time would put the array into local memory.
+  __device__ __forceinline__ uint32_t part(int index) const {
+    return index == 0 ? parts[0] : index == 1 ? parts[1] : parts[2];
+  }
   __device__ __forceinline__ static uint32_t chunk_offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ row % 8) * sm90::kChunkBytes;
   }
 };
 static_assert(kMostRows * Stage::kRowBytes <= kPartBytes);
 
-// Eight rows of a tile of the output as T, times each row's factor.
+// Eight rows of two tiles of the output as T, times each row's factor. `first`: of the two, in V.
 template <class T, int kRows>
 __device__ __forceinline__ void stage_rows(const Stage& stage, const Output<kRows>& out, int tile,
-                                           int block, const float (&factor)[2]) {
+                                           int first, int block, const float (&factor)[2]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
+  const int mine = first + lane / 16;  // the tile that this lane gives addresses for
   const int column = fragment_line(0) - lane / 4 + lane / 8 % 2 * 8;
-  const int chunk = (tile % kPartTiles * 64 + column) / Stage::kPerChunk;
-  const float* const values = out[tile] + block * 4;
-  sm90::store_transposed_x2(
-      stage.parts[tile / kPartTiles] + Stage::chunk_offset(block * 8 + lane % 8, chunk),
-      {decode::pack_pair<T>(values[0] * factor[0], values[1] * factor[1]),
-       decode::pack_pair<T>(values[2] * factor[0], values[3] * factor[1])});
+  const int chunk = (mine % kPartTiles * 64 + column) / Stage::kPerChunk;
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* const values = out[tile + i / 2] + block * 4 + i % 2 * 2;
+    pairs[i] = decode::pack_pair<T>(values[0] * factor[0], values[1] * factor[1]);
+  }
+  sm90::store_transposed_x4(
+      stage.part(mine / kPartTiles) + Stage::chunk_offset(block * 8 + lane % 8, chunk), pairs);
 }
 
 // Staged rows to global memory: a warp has a row's chunks i * 32 + lane.
@@ -95,18 +103,15 @@ __device__ __forceinline__ void store_rows_staged(const Stage& stage, const Targ
   constexpr int kPerPart = kPartTiles * 64 / Stage::kPerChunk;
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x) / 32 % kWarpsPerWarpgroup; row < target.rows();
-       row += kWarpsPerWarpgroup) {
+  for (int row = static_cast<int>(threadIdx.x) / 32 - kWarpsPerWarpgroup; row < target.rows();
+       row += kValueWarps) {
     uint4* const chunks = reinterpret_cast<uint4*>(target.values(row));
     uint4 data[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int chunk = i * 32 + lane;
-      const int part = chunk / kPerPart;
-      const uint32_t base = part == 0   ? stage.parts[0]
-                            : part == 1 ? stage.parts[1]
-                                        : stage.parts[2];
-      data[i] = sm90::load_shared(base + Stage::chunk_offset(row, chunk % kPerPart));
+      data[i] = sm90::load_shared(stage.part(chunk / kPerPart) +
+                                  Stage::chunk_offset(row, chunk % kPerPart));
     }
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) chunks[i * 32 + lane] = data[i];
@@ -122,7 +127,7 @@ __device__ __forceinline__ void warp_magnitudes(const Output<kRows>& out, RowVal
     for (int which = 0; which < 2; ++which) {
       float value = 0.f;
 #pragma unroll
-      for (int tile = 0; tile < kValueTiles; ++tile) {
+      for (int tile = 0; tile < kHalfTiles; ++tile) {
         const float* const values = out[tile] + block * 4 + which;
         value = fmaxf(value, fmaxf(fabsf(values[0]), fabsf(values[2])));
       }

@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   sm90::fill_with_nan(shared_bytes, sizeof(storage));
   init_barriers(storage.small.barriers, warp);
   clear_padding(storage, arguments.rows, warp);
-  if (warp == kProducerWarp) prefetch_first_page(arguments, kv_head);
+  Guess guess;
+  if (warp == kProducerWarp) guess = prefetch_first_page<kRows>(arguments, kv_head);
   if (early) {
     sm90::wait_for_previous_kernel();
     schedule_row.ask(arguments, static_cast<int>(blockIdx.x));
@@ -71,9 +72,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < kWarpsPerWarpgroup) {
     Scores<T, kRows, kSerial>(storage, arguments, kv_head).run(part);
   } else if (warp < kProducerWarp) {
-    Values<T, kRows, kSerial>(storage, arguments, kv_head).run(part);
+    const int half = warp / kWarpsPerWarpgroup - 1;
+    Values<T, kRows, kSerial>(storage, arguments, kv_head, half).run(part);
   } else if (warp == kProducerWarp) {
-    stream_pages(storage, arguments, kv_head, part);
+    stream_pages(storage, arguments, kv_head, part, guess);
   } else {
     load_queries(storage, arguments, kv_head, part);
   }

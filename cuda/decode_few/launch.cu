@@ -58,7 +58,7 @@ const char* encode_maps(Arguments& a) {
   if (p.num_pages > 0 && !decode::encode_pool(a.page_map, p, kPartTiles)) {
     return "kv_cache cannot be described to the TMA unit (16-byte aligned address?)";
   }
-  if (!(encode_query(a.query_latent_map, a, p.q_latent, p.q_latent_stride, kValueTiles,
+  if (!(encode_query(a.query_latent_map, a, p.q_latent, p.q_latent_stride, kQkTiles - 1,
                      query_box_tiles(a.rows)) &&
         encode_query(a.query_rope_map, a, p.q_rope, p.q_rope_stride, 1, 1))) {
     return "the query cannot be described to the TMA unit (16-byte aligned addresses and rows?)";

@@ -24,6 +24,13 @@ __device__ __forceinline__ void release(sm90::Barrier& barrier) {
   if (threadIdx.x % 32 == 0) sm90::barrier_arrive(barrier);
 }
 
+// Where in the ring the block's first page is.
+template <int kRows>
+__device__ __forceinline__ int first_slot(Storage<kRows>& storage) {
+  sm90::barrier_wait(storage.small.barriers.first_known, 0);
+  return static_cast<int>(storage.small.first_slot);
+}
+
 template <class T, int kRows, bool kSerial>
 class Scores {
  public:
@@ -47,6 +54,7 @@ class Scores {
       softmax_.reset();
       sm90::random_delay(a_.params.delay_seed);
       for (int page = item.begin_page; page < item.end_page; ++page, ++page_count_) {
+        if (page_count_ == 0) position_.advance(first_slot(storage_));
         compute();          // [1]
         weigh(item, page);  // [2]
         publish();          // [3]
@@ -112,7 +120,7 @@ class Scores {
     auto& by_warp = storage_.small.page_max[page_count_ % 2];
     softmax_.warp_max(scores_, most);
     if (speaks_for_rows()) store_rows<kRows>(by_warp[warp()], most);
-    sm90::named_barrier_sync(kScoreWarps, kWarpgroup);
+    sm90::named_barrier_sync(kScoresMeet, kWarpgroup);
     max_warps<kRows>(by_warp, most);
   }
 
@@ -131,7 +139,7 @@ class Scores {
     for (int row = first + thread / 8; row < kPageSize; row += kWarpgroup / 8) {
       const uint32_t chunk = sm90::swizzled_chunk(row, thread % 8);
 #pragma unroll
-      for (int tile = 0; tile < kValueTiles; ++tile) {
+      for (int tile = 0; tile < 2 * kHalfTiles; ++tile) {
         uint8_t* const keys = storage_.parts[slots_[tile / kPartTiles]][tile % kPartTiles];
         *reinterpret_cast<uint4*>(keys + chunk) = make_uint4(0, 0, 0, 0);
       }
@@ -160,7 +168,7 @@ class Scores {
       store_rows<kRows>(row_sum[warp()], softmax_.row_sum);
       sm90::barrier_arrive(barriers_.sums_ready[buffer]);
     }
-    sm90::named_barrier_sync(kScoreWarps, kWarpgroup);
+    sm90::named_barrier_sync(kScoresMeet, kWarpgroup);
     if (warp() != 0 || !speaks_for_rows() || !target.exists()) return;
     RowValues<kRows> total;
     add_warps<kRows>(row_sum, total);

@@ -21,15 +21,17 @@ struct Barriers {
   uint64_t query_empty[2];               // scores and values -> query loader
   uint64_t sums_ready[2];                // scores -> values, by item parity
   uint64_t weights_ready[kWeightSlots];  // scores -> values
+  uint64_t first_known;                  // producer -> math, once
 };
 
 // Arrivals that complete one phase of each barrier.
 inline constexpr int kPartFullArrivals = 1;  // plus the TMA bytes
-inline constexpr int kPartEmptyArrivals = kWarpsPerWarpgroup;
+inline constexpr int kPartEmptyArrivals = kValueWarps;
 inline constexpr int kQueryFullArrivals = 2;  // query and assignment; plus the TMA bytes
-inline constexpr int kQueryEmptyArrivals = 2 * kWarpsPerWarpgroup;
+inline constexpr int kQueryEmptyArrivals = kWarpsPerWarpgroup + kValueWarps;
 inline constexpr int kSumsReadyArrivals = kWarpsPerWarpgroup * 4;  // a lane per pair of rows
 inline constexpr int kWeightsReadyArrivals = kSumsReadyArrivals;
+inline constexpr int kFirstKnownArrivals = 1;
 
 // Of the barrier with this index in Barriers<kSlots>.
 template <int kSlots>
@@ -38,13 +40,13 @@ FLASHMLA_HOST_DEVICE constexpr int arrivals(int index) {
   if (index < 2 * kSlots) return kPartEmptyArrivals;
   if (index < 2 * kSlots + 2) return kQueryFullArrivals;
   if (index < 2 * kSlots + 4) return kQueryEmptyArrivals;
-  return kSumsReadyArrivals;
+  return index < 2 * kSlots + 6 + kWeightSlots ? kSumsReadyArrivals : kFirstKnownArrivals;
 }
 
 // Named barriers; 0 is __syncthreads.
 enum NamedBarrier : uint32_t {
-  kScoreWarps = 1,  // the four warps of the scores, when all have theirs
-  kValueWarps = 2,  // the four warps of the values, before and after they stage output
+  kScoresMeet = 1,  // the warps of the scores, when all have theirs
+  kValuesMeet = 2,  // the warps of the values, before and after they stage output
 };
 
 // What a block keeps beside page parts and query tiles.
@@ -53,9 +55,10 @@ struct SmallStorage {
   float page_max[2][kWarpsPerWarpgroup][kRows];  // by page parity: maxima of 16 tokens each
   float factors[kWeightSlots][kRows];            // what the values so far are multiplied by
   float row_sum[2][kWarpsPerWarpgroup][kRows];   // by item parity: sums of weights at its end
-  float magnitudes[kWarpsPerWarpgroup][kRows];   // of a split's output, by warp: its columns
+  float magnitudes[kValueWarps][kRows];          // of a split's output, by warp: its columns
   Barriers<kSlots> barriers;
   decode::Assignment assignments[2];  // by item parity: the query loader's word to math
+  uint32_t first_slot;                // of the first page's first part: the producer's word to math
 };
 
 template <int kRows>

@@ -1,4 +1,5 @@
-// The values warpgroup: Oᵀ += Vᵀ Pᵀ and the output. Numbers in brackets are the steps in README.md.
+// The two warpgroups of the values, each with half of the columns: Oᵀ += Vᵀ Pᵀ and the output.
+// Numbers in brackets are the steps in README.md.
 #pragma once
 
 #include "epilogue.cuh"
@@ -10,9 +11,14 @@ template <class T, int kRows, bool kSerial>
 class Values {
  public:
   using Storage = decode_few::Storage<kRows>;
+  static constexpr int kFirstTiles = 3;  // of a half, waited for apart from the other one
 
-  __device__ Values(Storage& storage, const Arguments& a, int kv_head)
-      : storage_(storage), barriers_(storage.small.barriers), a_(a), kv_head_(kv_head) {}
+  __device__ Values(Storage& storage, const Arguments& a, int kv_head, int half)
+      : storage_(storage),
+        barriers_(storage.small.barriers),
+        a_(a),
+        kv_head_(kv_head),
+        half_(half) {}
 
   __device__ __forceinline__ void run(const PartRange& part) {
     for (int request = part.begin_request; decode::in_part(part, a_.params.batch, request);
@@ -46,6 +52,7 @@ class Values {
   // Oᵀ += Vᵀ Pᵀ of a page.
   __device__ __forceinline__ void issue_page() {
     rescale();  // [4]
+    if (page_count_ == 0) position_.advance(first_slot(storage_));
 #pragma unroll
     for (uint32_t& slot : slots_) {
       slot = position_.slot;
@@ -57,11 +64,9 @@ class Values {
     pin_out();
     sm90::wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kPageParts; ++part) {  // [5]
-      const uint64_t values = sm90::mn_major_descriptor(
-          sm90::uniform(sm90::shared_address(storage_.parts[slots_[part]])));
-      add_part(values, weights, part);
-      sm90::wgmma_commit();
+    for (int tile = 0; tile < kHalfTiles; ++tile) {  // [5]
+      add_tile(tile, weights);
+      if (tile == kFirstTiles - 1 || tile == kHalfTiles - 1) sm90::wgmma_commit();
     }
   }
 
@@ -83,28 +88,30 @@ class Values {
     }
   }
 
-  __device__ __forceinline__ void add_part(uint64_t values, uint64_t weights, int part) {
+  __device__ __forceinline__ void add_tile(int tile, uint64_t weights) {
+    const int right = kHalfTiles + tile;
+    const uint8_t* const keys =
+        is_left() ? storage_.parts[slots_[tile / kPartTiles]][tile % kPartTiles]
+                  : storage_.parts[slots_[right / kPartTiles]][right % kPartTiles];
+    const uint64_t values = sm90::mn_major_descriptor(sm90::uniform(sm90::shared_address(keys)));
 #pragma unroll
-    for (int tile = 0; tile < part_value_tiles(part); ++tile) {
-      auto& out = out_[part * kPartTiles + tile];
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        sm90::wgmma_narrow<T, true>(out,
-                                    values + tile * sm90::kStepTile + step * sm90::kStepDownRows,
-                                    weights + step * sm90::kStepAlongRow, true);
-        after_wgmma<kSerial>(out);
-      }
+    for (int step = 0; step < 4; ++step) {
+      sm90::wgmma_narrow<T, true>(out_[tile], values + step * sm90::kStepDownRows,
+                                  weights + step * sm90::kStepAlongRow, true);
+      after_wgmma<kSerial>(out_[tile]);
     }
   }
 
-  // Each part is freed as soon as its columns are done.
+  // A part is freed as soon as its columns are done: the first by the left half's first tiles, the
+  // second by its other tile and the right half's first ones, which have no columns of the first.
   __device__ __forceinline__ void finish_page() {
-    sm90::wgmma_wait<2>();
-    release(barriers_.part_empty[slots_[0]]);
+    static_assert(kPageParts == 3 && kFirstTiles == kPartTiles);
     sm90::wgmma_wait<1>();
-    release(barriers_.part_empty[slots_[1]]);
+    release(barriers_.part_empty[slots_[0]]);
+    if (!is_left()) release(barriers_.part_empty[slots_[1]]);
     sm90::wgmma_wait<0>();
     pin_out();
+    if (is_left()) release(barriers_.part_empty[slots_[1]]);
     release(barriers_.part_empty[slots_[2]]);
   }
 
@@ -116,59 +123,46 @@ class Values {
     for (int part = 0; part < kPageParts; ++part) {
       stage.parts[part] = sm90::shared_address(storage_.parts[slots_[part]]);
     }
-    target.whole() ? stage_whole(stage) : stage_split(stage, target);
+    RowValues<kRows> factor;
+    wait_for_sums(factor);  // [7]
+    sm90::wgmma_wait<0>();
+    pin_out();
+    target.whole() ? stage_whole(stage, factor) : stage_split(stage, target, factor);
     sm90::async_proxy_fence();  // TMA will write there next
-    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
+    meet();
     if (target.exists()) store_rows_staged(stage, target);  // [9]
 #pragma unroll
     for (const uint32_t slot : slots_) release(barriers_.part_empty[slot]);
   }
 
-  // As T, part by part while later parts are still at work.
-  __device__ __forceinline__ void stage_whole(const Stage& stage) {
-    RowValues<kRows> factor;
-    wait_for_sums(factor);          // [7]
-    finish_part<0>(stage, factor);  // [8]
-    finish_part<1>(stage, factor);
-    finish_part<2>(stage, factor);
-    static_assert(kPageParts == 3);
-  }
-
-  template <int kPart>
-  __device__ __forceinline__ void finish_part(const Stage& stage, const RowValues<kRows>& factor) {
-    sm90::wgmma_wait<kPageParts - 1 - kPart>();
+  // As T.
+  __device__ __forceinline__ void stage_whole(const Stage& stage, const RowValues<kRows>& factor) {
+    meet();  // all are done with the page's values
 #pragma unroll
-    for (int tile = 0; tile < part_value_tiles(kPart); ++tile) {
-      sm90::pin_registers(out_[kPart * kPartTiles + tile]);
-    }
-    sm90::named_barrier_sync(kValueWarps, kWarpgroup);  // all are done with the part's values
-#pragma unroll
-    for (int tile = kPart * kPartTiles; tile < kPart * kPartTiles + part_value_tiles(kPart);
-         ++tile) {
-#pragma unroll
-      for (int block = 0; block < kRows / 8; ++block) {
-        stage_rows<T, kRows>(stage, out_, tile, block, factor[block]);
-      }
-    }
+    for (int block = 0; block < kRows / 8; ++block) stage_block<T>(stage, block, factor[block]);
   }
 
   // As float16, a row scaled by its largest value among all warps' columns.
-  __device__ __forceinline__ void stage_split(const Stage& stage, const Target& target) {
-    auto& magnitudes = storage_.small.magnitudes;
-    sm90::wgmma_wait<0>();
-    pin_out();
-    RowValues<kRows> factor;
-    warp_magnitudes<kRows>(out_, factor);
-    if (speaks_for_rows()) store_rows<kRows>(magnitudes[warp()], factor);
-    sm90::named_barrier_sync(kValueWarps, kWarpgroup);
-    wait_for_sums(factor);  // [7]
+  __device__ __forceinline__ void stage_split(const Stage& stage, const Target& target,
+                                              RowValues<kRows>& factor) {
+    RowValues<kRows> most;
+    warp_magnitudes<kRows>(out_, most);
+    if (speaks_for_rows()) store_rows<kRows>(storage_.small.magnitudes[warp()], most);
+    meet();  // all are done with the page's values, and magnitudes are there
 #pragma unroll
-    for (int block = 0; block < kRows / 8; ++block) {  // [8]
+    for (int block = 0; block < kRows / 8; ++block) {
       scale_rows(target, block, factor[block]);
+      stage_block<__half>(stage, block, factor[block]);
+    }
+  }
+
+  // [8]
+  template <class Element>
+  __device__ __forceinline__ void stage_block(const Stage& stage, int block,
+                                              const float (&factor)[2]) {
 #pragma unroll
-      for (int tile = 0; tile < kValueTiles; ++tile) {
-        stage_rows<__half, kRows>(stage, out_, tile, block, factor[block]);
-      }
+    for (int tile = 0; tile < kHalfTiles; tile += 2) {
+      stage_rows<Element, kRows>(stage, out_, tile, half_ * kHalfTiles + tile, block, factor);
     }
   }
 
@@ -180,7 +174,7 @@ class Values {
     const int row = fragment_query_row(block);
     float2 most = {0.f, 0.f};
 #pragma unroll
-    for (int other = 0; other < kWarpsPerWarpgroup; ++other) {
+    for (int other = 0; other < kValueWarps; ++other) {
       const float2 theirs = *reinterpret_cast<const float2*>(&magnitudes[other][row]);
       most = {fmaxf(most.x, theirs.x), fmaxf(most.y, theirs.y)};
     }
@@ -197,8 +191,12 @@ class Values {
   }
 
   __device__ static __forceinline__ int warp() {
-    return static_cast<int>(threadIdx.x) / 32 % kWarpsPerWarpgroup;
+    return static_cast<int>(threadIdx.x) / 32 - kWarpsPerWarpgroup;
   }
+  __device__ static __forceinline__ void meet() {
+    sm90::named_barrier_sync(kValuesMeet, kValueWarps * 32);
+  }
+  __device__ __forceinline__ bool is_left() const { return half_ == 0; }
 
   __device__ __forceinline__ void no_page(const Target& target) {
     RowValues<kRows> factor;
@@ -227,11 +225,12 @@ class Values {
   Barriers<Storage::kSlots>& barriers_;
   const Arguments& a_;
   const int kv_head_;
+  const int half_;
   RingPosition<Storage::kSlots> position_;
   uint32_t slots_[kPageParts];  // of the page at hand
   uint32_t page_count_ = 0;
   uint32_t item_count_ = 0;
-  float out_[kValueTiles][kRows / 2];
+  float out_[kHalfTiles][kRows / 2];
 };
 
 }  // namespace flashmla::decode_few

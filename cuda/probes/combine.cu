@@ -73,8 +73,9 @@ double merge(const Partials& partials, int splits, bool in_order, int row,
   return most + std::log(sum);
 }
 
-template <class T>
-void compare(Mismatches& mismatches, int splits, bool in_order) {
+template <class T, int kMostRows>
+void compare(Mismatches& mismatches, int splits) {
+  constexpr bool in_order = combine::Blocks<kMostRows>::kFew;
   constexpr bool kFp16 = kElementType<T> == ElementType::kFloat16;
   const Partials partials = make_partials(splits);
   std::vector<int> metadata(static_cast<size_t>(splits) * kScheduleColumns);
@@ -105,8 +106,9 @@ void compare(Mismatches& mismatches, int splits, bool in_order) {
   a.rows = kRows;
   a.heads_per_kv = kHeadsQ / kHeadsKv;
   a.few = in_order;
-  constexpr int blocks = combine::blocks_per_tile(kRows <= 32) * kHeadsKv;
-  combine::combine_kernel<T><<<blocks * splits, combine::kThreads>>>(a, blocks);
+  using Blocks = combine::Blocks<kMostRows>;
+  constexpr int blocks = Blocks::kPerTile * kHeadsKv;
+  combine::combine_kernel<T, kMostRows><<<blocks * splits, Blocks::kThreads>>>(a, blocks);
   mismatches.synchronize("combine_kernel");
   const std::vector<uint16_t> got = out.host();
   const std::vector<float> got_lse = lse.host();
@@ -135,10 +137,10 @@ void compare(Mismatches& mismatches, int splits, bool in_order) {
 bool probe_combine() {
   Mismatches mismatches;
   for (int splits = 2; splits <= 200; splits += splits < 35 ? 1 : 33) {
-    for (const bool in_order : {true, false}) {
-      compare<__nv_bfloat16>(mismatches, splits, in_order);
-      compare<__half>(mismatches, splits, in_order);
-    }
+    compare<__nv_bfloat16, 16>(mismatches, splits);
+    compare<__half, 32>(mismatches, splits);
+    compare<__nv_bfloat16, 64>(mismatches, splits);
+    compare<__half, 64>(mismatches, splits);
   }
   return mismatches.none();
 }

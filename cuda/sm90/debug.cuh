@@ -47,6 +47,12 @@ __device__ __forceinline__ void random_delay(uint32_t seed) {
   }
 }
 
+// Checked builds: odd seeds make a guess wrong.
+__device__ __forceinline__ int spoil_guess(int guess, uint32_t seed) {
+  if constexpr (kDelays) return guess + static_cast<int>(seed % 2);
+  return guess;
+}
+
 // Checked builds: shared memory starts as NaN, so that nothing can rely on its content.
 __device__ __forceinline__ void fill_with_nan(void* memory, size_t bytes) {
   if constexpr (kDelays) {
