@@ -45,8 +45,7 @@ def main() -> None:
     beside, left_out = _peers(options)
     kernels = replays.load(options.runner.parent / replays.LIBRARY)
     if isinstance(kernels, str):
-        left_out[replays.NAME] = kernels
-        script.say(f"{replays.NAME}: left out, {kernels}")
+        _leave_out(left_out, replays.NAME, kernels)
     limits = ceilings.measure(kv_cache, effort, options.runner)
     script.say("ceilings: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
     chains = _compile(options, rows, kv_cache)
@@ -67,10 +66,10 @@ def main() -> None:
         for row in script.progress(ours, len(ours), "rows"):
             inputs = ours[row].inputs
             started = [lanes.chain_lane(name, of[row]) for name, of in chains.items() if row in of]
+            calls = OURS.calls(row)
             if not isinstance(kernels, str):
-                calls = OURS.calls(row)
                 started.append(replays.lane(kernels, row, inputs, kv_cache, calls))
-            started += _peer_lanes(beside, row, inputs, kv_cache, left_out)
+            started += _peer_lanes(beside, row, inputs, kv_cache, calls, left_out)
             begin = time.perf_counter()
             timings = lanes.interleave(started, turns)
             result["rows"].append(entry(row, timings, sampler.since(begin)))
@@ -104,13 +103,17 @@ def entry(row: Row, timings: dict[str, Seconds], state: card.State | None) -> di
     }
 
 
+def _leave_out(left_out: dict[str, str], name: str, reason: str) -> None:
+    left_out[name] = reason
+    script.say(f"{name}: left out, {reason}")
+
+
 def _peers(options: argparse.Namespace) -> tuple[list[peers.Peer], dict[str, str]]:
     """The peers that can run here, and why the others cannot."""
     beside, left_out = [], {}
     for peer, path in ((peers.FLASHMLA, options.flashmla_op), (peers.FA3, options.fa3_op)):
         if reason := peer.load(path):
-            left_out[peer.name] = reason
-            script.say(f"{peer.name}: left out, {reason}")
+            _leave_out(left_out, peer.name, reason)
         else:
             beside.append(peer)
     return beside, left_out
@@ -138,16 +141,15 @@ def _peer_lanes(
     row: Row,
     inputs: Inputs,
     kv_cache: jax.Array,
+    calls: int,
     left_out: dict[str, str],
 ) -> list[lanes.Lane]:
     started = []
     for peer in beside:
         try:
-            started.append(peer.lane(row, inputs, kv_cache, OURS.calls(row)))
+            started.append(peer.lane(row, inputs, kv_cache, calls))
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            left_out[f"{peer.name} {row.name}"] = reason
-            script.say(f"{peer.name} {row.name}: left out, {reason}")
+            _leave_out(left_out, f"{peer.name} {row.name}", str(error).splitlines()[0])
     return started
 
 
