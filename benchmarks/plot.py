@@ -33,7 +33,7 @@ def _roofline(axes: object, rows: Sequence[judge.Judged], limits: dict[str, floa
         [_ROOF_FROM, ridge, _ROOF_TO],
         [_ROOF_FROM * bandwidth / 1e12, peak / 1e12, peak / 1e12],
         color="black",
-        label=f"{bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s in this run",
+        label=f"{bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s: what floors are of",
     )
     for tile in sorted({row.rows for row in rows}):
         some = [row for row in rows if row.rows == tile]
