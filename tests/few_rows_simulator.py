@@ -81,31 +81,28 @@ def produce(m: Machine, items: list[Item], slots: int, guess: bool | None) -> St
     `guess`: whether the page that was asked for before the items were known is the right one; None
     where none was.
     """
-    n = 0  # pages in the ring so far
     if guess is not None:
         yield from request_page(m, 0, slots, ("page", 0) if guess else ("guess", 0))
-    known = False
+    page = 0
+    first: int | None = None  # place of the first page in the ring, once it is known
     for i, item in enumerate(items):
         yield from request_query(m, i)
         yield from assign(m, i)
         for _ in range(item.pages):
-            if not known:
-                n = yield from tell_first(m, guess)
-                known = True
-            if n > 0 or not guess:
-                skipped = 0 if guess in (None, True) else 1
-                yield from request_page(m, n, slots, ("page", n - skipped))
-            n += 1
-    if guess is not None and not known:
+            if first is None:
+                first = yield from tell_first(m, guess)
+            if page > 0 or not guess:
+                yield from request_page(m, first + page, slots, ("page", page))
+            page += 1
+    if guess is not None and first is None:
         yield from discard_page(m)
 
 
 def tell_first(m: Machine, guess: bool | None) -> Generator[Callable[[], bool] | None, None, int]:
-    """Where in the ring the first page is, 0 or 1."""
-    first = 0
-    if guess is False:
+    """Where in the ring the first page is, 0 or, behind a wrong guess, 1."""
+    first = int(guess is False)
+    if first:
         yield from discard_page(m)
-        first = 1
     yield from m.write(m.region("first_slot"), ("first", first))
     yield from m.arrive(*FIRST)
     return first
@@ -348,15 +345,16 @@ class ValuesWarp(Role):
         Of the part in the middle each half has some: the left one's stand for its tails, the right
         one's for the rest.
         """
-        if part == (LAST if self.left else 0):
-            return []
+        outer = part == (0 if self.left else LAST)  # all of its columns are this half's
         shared = part not in (0, LAST)
-        regions = [] if shared and not self.left else part_regions(self.m, slot, part)
-        mine = [region for region in regions if region.name == ("tail", slot, self.warp % 4)]
-        if self.warp % 4 == 0 and not (shared and self.left):
+        warp = self.warp % len(WARPS)
+        regions = []
+        if outer or (shared and self.left):
+            regions.append(self.m.region("tail", slot, warp))
+        if warp == 0 and (outer or (shared and not self.left)):
             others = part_regions(self.m, slot, part)
-            mine += [region for region in others if region.name[0] != "tail"]
-        return mine
+            regions += [region for region in others if region.name[0] != "tail"]
+        return regions
 
     def wait_for_sums(self, i: int) -> Step:
         yield from self.m.wait("sums_ready", i % 2, phase=i // 2)
