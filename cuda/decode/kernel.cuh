@@ -21,6 +21,7 @@ __device__ __forceinline__ void init_barriers(Barriers& barriers) {
   for (sm90::Barrier& ready : barriers.weights_ready) {
     sm90::barrier_init(ready, kWeightsReadyArrivals);
   }
+  sm90::barrier_init(barriers.odd_scored, kOddScoredArrivals);
   sm90::barrier_init(barriers.sums_ready, kSumsReadyArrivals);
   sm90::barrier_init_fence();
 }
