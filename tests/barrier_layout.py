@@ -19,10 +19,11 @@ CONSTANTS = {
     "query_full_arrivals": 3,
     "query_empty_arrivals": 8,
     "weights_ready_arrivals": 32,
+    "odd_scored_arrivals": 4,
     "sums_ready_arrivals": 64,
     "row_sum_buffers": 2,
     "assignment_buffers": 2,
-    "barrier_count": 21,
+    "barrier_count": 22,
 }
 SLOTS = range(CONSTANTS["page_slots"])
 WARPS = range(CONSTANTS["warps_per_half"])
@@ -51,7 +52,7 @@ def add_barriers(m: Machine) -> None:
     for half in (LEFT, RIGHT):
         m.add_barrier("weights_ready", half, arrivals=CONSTANTS["weights_ready_arrivals"])
         m.add_barrier("own_warps", half, arrivals=len(WARPS))
-    for name in ("query_full", "query_empty", "sums_ready"):
+    for name in ("query_full", "query_empty", "odd_scored", "sums_ready"):
         m.add_barrier(name, arrivals=CONSTANTS[f"{name}_arrivals"])
 
 

@@ -94,6 +94,7 @@ class MathWarp:
         self.sums = 0  # items with pages that passed
         self.count = 0  # pages that passed
         self.own_meetings = 0  # of the half's warps
+        self.odd_pages = 0  # whose scores the right half had
         self.others_pages = 0
         self.reading: list[Region] = []  # by WGMMA
 
@@ -125,15 +126,14 @@ class MathWarp:
     def left_pair(self, item: Item, page: int) -> Step:
         even, odd = self.count, self.count + 1
         has_odd = page + 1 < item.pages
+        last = page + 2 >= item.pages
         yield from self.compute_scores(even)  # [1]
         yield from self.release((even, ROPE))
         yield from self.release_query(item, page)
-        tail = item.tail and not has_odd
-        moves = even % 3 == 0  # its page moves the references: weights are stored afterwards
-        if not moves:
-            yield from self.store_weights(even, self.even_weights())  # [3]
-        yield from self.settle(even, tail)
-        if moves:
+        tail = item.tail and last and not has_odd
+        yield from self.prepare(even, tail)
+        yield from self.store_weights(even, self.even_weights())  # [3]
+        if even % 3 == 0:  # its page moves the references
             yield from self.store_weights(even, self.even_weights())
         yield from self.publish_weights(even)
         yield from self.issue_values(even, tail)  # [4]
@@ -141,29 +141,31 @@ class MathWarp:
         yield from self.release((even, LEFT))
         if not has_odd:
             return
-        tail = item.tail and page + 2 == item.pages
         yield from self.hear_weights(odd)
-        yield from self.issue_other_values(odd, self.odd_weights(odd), tail)  # [7]
+        yield from self.issue_other_values(odd, self.odd_weights(odd), item.tail and last)  # [7]
         yield from self.finish_values()
         yield from self.release((odd, LEFT), (odd, ROPE))
 
     def right_pair(self, item: Item, page: int) -> Step:
         even, odd = self.count, self.count + 1
         has_odd = page + 1 < item.pages
-        tail = item.tail and page + 2 == item.pages
+        last = page + 2 >= item.pages
+        tail = item.tail and last
         if has_odd:
             yield from self.compute_scores(odd)  # [2]
+            yield from self.m.arrive("odd_scored")
         yield from self.release_query(item, page)
         if has_odd:
-            yield from self.meet_own_warps()
+            yield from self.prepare(odd, tail)
+            yield from self.m.wait("odd_scored", phase=self.odd_pages)
+            self.odd_pages += 1
             yield from self.store_weights(odd, self.odd_weights(odd))  # [5]
         yield from self.hear_weights(even)
         if has_odd:
-            yield from self.settle(odd, tail)
             if odd % 3 == 0:  # the references have moved
                 yield from self.store_weights(odd, self.odd_weights(odd))
             yield from self.publish_weights(odd)
-        even_tail = item.tail and not has_odd
+        even_tail = tail and not has_odd
         yield from self.issue_other_values(even, self.even_weights(), even_tail)  # [6]
         yield from self.finish_values()
         yield from self.release((even, RIGHT))
@@ -189,7 +191,7 @@ class MathWarp:
             yield
         self.m.end_read(reading)
 
-    def settle(self, n: int, tail: bool) -> Step:
+    def prepare(self, n: int, tail: bool) -> Step:
         if tail:
             slot = n % len(SLOTS)
             boxes = BOXES[LEFT] + BOXES[RIGHT]

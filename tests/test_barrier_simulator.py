@@ -72,9 +72,9 @@ def found(
     "step",
     [
         *(f"wait {name}" for name in ("page_full", "page_empty", "query_full", "query_empty")),
-        *(f"wait {name}" for name in ("weights_ready", "sums_ready", "own_warps")),
+        *(f"wait {name}" for name in ("weights_ready", "sums_ready", "own_warps", "odd_scored")),
         *(f"arrive {name}" for name in ("page_empty", "query_full", "query_empty")),
-        *(f"arrive {name}" for name in ("weights_ready", "sums_ready", "own_warps")),
+        *(f"arrive {name}" for name in ("weights_ready", "sums_ready", "own_warps", "odd_scored")),
         *(f"fence {name}" for name in ("query", "tail", "weights")),
     ],
 )
@@ -100,6 +100,7 @@ def test_a_missing_step_is_found_with_queries_by_tma(step: str) -> None:
         ("weights_ready", 24),
         ("sums_ready", 32),
         ("own_warps", 3),
+        ("odd_scored", 3),
     ],
 )
 def test_a_wrong_arrival_count_is_found(barrier: str, arrivals: int) -> None:

@@ -33,7 +33,5 @@ const char* flashmla_wait(runner::Replay* replay) {
   return replay->error();
 }
 
-void flashmla_release(runner::Replay* replay) { delete replay; }
-
 }  // extern "C"
 }  // namespace flashmla

@@ -17,12 +17,12 @@ FLASHMLA_EXPORTED const char* flashmla_decode(const DecodeParams& params, cudaSt
 // sizeof(DecodeParams), for callers that spell it in another language.
 FLASHMLA_EXPORTED int flashmla_decode_params_bytes();
 
-// A graph of `count` decode steps back to back, on a stream of its own.
+// A graph of `count` decode steps back to back, on a stream of its own; kept until the process
+// ends.
 FLASHMLA_EXPORTED runner::Replay* flashmla_capture(const DecodeParams* calls, int count);
 FLASHMLA_EXPORTED void flashmla_start(runner::Replay* replay);
 // Waits for all that was started. nullptr, or what went wrong since the capture.
 FLASHMLA_EXPORTED const char* flashmla_wait(runner::Replay* replay);
-FLASHMLA_EXPORTED void flashmla_release(runner::Replay* replay);
 
 }  // extern "C"
 }  // namespace flashmla

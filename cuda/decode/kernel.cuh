@@ -21,6 +21,7 @@ __device__ __forceinline__ void init_barriers(Barriers& barriers) {
   for (sm90::Barrier& ready : barriers.weights_ready) {
     sm90::barrier_init(ready, kWeightsReadyArrivals);
   }
+  sm90::barrier_init(barriers.odd_scored, kOddScoredArrivals);
   sm90::barrier_init(barriers.sums_ready, kSumsReadyArrivals);
   sm90::barrier_init_fence();
 }
@@ -36,22 +37,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   sm90::fill_with_nan(shared_bytes, sizeof(Storage));
   const bool early = arguments.params.early_start;
   if (warp == 1) prefetch_first_pages(arguments, place);
+  PartRange part;
   if (threadIdx.x == 0) {
-    PartRange part;
     if (!early) part = read_part(arguments, place.part);  // its latency hides behind the rest
     for (const CUtensorMap* map : {&arguments.latent_map, &arguments.rope_map,
                                    &arguments.q_latent_map, &arguments.q_rope_map}) {
       sm90::tma_prefetch_map(*map);
     }
     init_barriers(storage.barriers);
-    if (early) {
-      sm90::wait_for_previous_kernel();
-      part = read_part(arguments, place.part);
-    }
-    storage.part = part;
-  } else if (early) {
-    sm90::wait_for_previous_kernel();
   }
+  if (early) sm90::wait_for_previous_kernel();
+  if (threadIdx.x == 0) storage.part = early ? read_part(arguments, place.part) : part;
   __syncthreads();
   sm90::allow_next_kernel();
 

@@ -75,7 +75,7 @@ template <class T>
 const char* prepare_type() {
   if (const char* error = prepare_kernel<T, false>()) return error;
   if (const char* error = prepare_kernel<T, true>()) return error;
-  if (const char* error = prepare_combine<T, 16>()) return error;
+  if (const char* error = prepare_combine<T, combine::kFewRowsPerBlock>()) return error;
   if (const char* error = prepare_combine<T, decode_few::kMostRows>()) return error;
   return prepare_combine<T, decode::kRowTile>();
 }
@@ -107,7 +107,9 @@ const char* launch_type(const Arguments& a, cudaStream_t stream) {
   const char* const error = a.few ? decode_few::launch(a, stream) : launch_tiles<T>(a, stream);
   if (error != nullptr) return error;
   if (p.num_sm_parts == 1) return nullptr;  // nothing can be split
-  if (a.rows <= 16) return launch_combine<T, 16>(a, stream);
+  if (a.rows <= combine::kFewRowsPerBlock) {
+    return launch_combine<T, combine::kFewRowsPerBlock>(a, stream);
+  }
   if (a.few) return launch_combine<T, decode_few::kMostRows>(a, stream);
   return launch_combine<T, decode::kRowTile>(a, stream);
 }

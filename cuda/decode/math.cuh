@@ -72,24 +72,44 @@ class Math {
 
   // What nobody needs any more once the scores are known.
   __device__ __forceinline__ void release_scored(bool last, PagePosition even) {
-    if (is_left()) release(barriers_.page_empty[even.slot()][kRope]);
+    release(is_left() ? barriers_.page_empty[even.slot()][kRope] : barriers_.odd_scored);
     if (last) release(barriers_.query_empty);
   }
 
-  // Scores of this half's own page to weights, for both halves. The right half's have to follow
-  // what the even page did to the references, which it hears only when it has its own.
+  // Scores of this half's own page to weights, for both halves. The first tokens' are stored while
+  // the last ones' are computed; that they follow what the even page did to the references, the
+  // right half hears only when it has them.
   __device__ __forceinline__ Rescaling weigh_own(const WorkItem& item, int page,
                                                  PagePosition position, Rescaling& others) {
-    uint8_t (&into)[sm90::kTileBytes] =
-        is_left() ? storage_.even_weights : storage_.pages[position.slot()][kRopeTile];
-    const bool moves = weigh(item, page);
-    if (!is_left()) meet_own_warps();  // all have read the rope tile
-    if (!moves) store_weights(into);
-    if (!is_left()) others = hear_weights();
-    const Rescaling own = settle(item, page, position, moves || others.any);
-    if (own.any) store_weights(into);
+    prepare(item, page, position);
+    bool moves = softmax_.unset;
+    if (!moves) {
+      moves = softmax_.template weigh<T>(kFirstTokens, scores_, a_.scale_log2, weights_);
+      wait_for_rope_tile();
+      store_weights(kFirstTokens, position);
+      moves |= softmax_.template weigh<T>(kLastTokens, scores_, a_.scale_log2, weights_);
+      store_weights(kLastTokens, position);
+      sm90::async_proxy_fence();
+    }
+    const bool told = !is_left() && told_of_move();
+    Rescaling own;
+    if (__any_sync(~0u, moves || told)) {
+      if (!is_left()) others = follow_others(told);
+      own = softmax_.template move<T>(scores_, a_.scale_log2, weights_);
+      wait_for_rope_tile();
+      store_weights(kFirstTokens, position);
+      store_weights(kLastTokens, position);
+      sm90::async_proxy_fence();
+    }
+    if (!is_left()) scored_parity_ ^= 1;
     publish_weights(own);
+    softmax_.add_page();
     return own;
+  }
+
+  // The right half's weights go there when all of its warps have their scores.
+  __device__ __forceinline__ void wait_for_rope_tile() {
+    if (!is_left()) sm90::barrier_wait(barriers_.odd_scored, scored_parity_);
   }
 
   // O *= factor; O += P V of a page: P from registers of this half's own, from shared memory of the
@@ -145,29 +165,19 @@ class Math {
     sm90::pin_registers(scores_);
   }
 
-  // Scores of this half's page to weights; returns whether a row of this warp needs another
-  // reference for it.
-  __device__ __forceinline__ bool weigh(const WorkItem& item, int page) {
+  // Where the page reaches beyond what can be seen: scores masked, V ready to be multiplied.
+  __device__ __forceinline__ void prepare(const WorkItem& item, int page, PagePosition position) {
     const int first_key = page * kPageSize;
     sm90::random_delay(a_.params.delay_seed);
     if (first_key + kPageSize > visible_keys(item.length, 0, a_.params.s_q, a_.params.causal)) {
       mask(item, first_key);
+      // Other warps may still multiply by this page's keys: what they see of the zeros is masked.
+      if (first_key + kPageSize > item.length) {
+        zero_values(position.slot(), item.length - first_key);
+        sm90::async_proxy_fence();
+        meet_own_warps();
+      }
     }
-    return softmax_.template weigh<T>(scores_, a_.scale_log2, weights_);
-  }
-
-  // The weights as they stay, and V ready to be multiplied by them.
-  __device__ __forceinline__ Rescaling settle(const WorkItem& item, int page, PagePosition position,
-                                              bool moves) {
-    const Rescaling own = softmax_.template settle<T>(moves, scores_, a_.scale_log2, weights_);
-    const int first_key = page * kPageSize;
-    // Other warps may still multiply by this page's keys: what they see of the zeros is masked.
-    if (first_key + kPageSize > item.length) {
-      zero_values(position.slot(), item.length - first_key);
-      sm90::async_proxy_fence();
-      meet_own_warps();
-    }
-    return own;
   }
 
   __device__ __forceinline__ void mask(const WorkItem& item, int first_key) {
@@ -203,20 +213,27 @@ class Math {
     if (speaks_for_rows()) sm90::barrier_arrive(barriers_.weights_ready[half_]);
   }
 
-  // Waits for the other half's weights and follows its references.
-  __device__ __forceinline__ Rescaling hear_weights() {
+  // Waits for the other half's weights; for a lane that speaks for rows, whether they moved its
+  // warp's references.
+  __device__ __forceinline__ bool told_of_move() {
     sm90::barrier_wait(barriers_.weights_ready[other()], other_parity_);
     other_parity_ ^= 1;
-    const bool moved = speaks_for_rows() && storage_.reference_moved[other()][own_warp()];
-    Rescaling others = {__any_sync(~0u, moved) != 0};
+    return speaks_for_rows() && storage_.reference_moved[other()][own_warp()];
+  }
+
+  __device__ __forceinline__ Rescaling follow_others(bool told) {
+    Rescaling others = {__any_sync(~0u, told) != 0};
     if (others.any) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         others.factor[which] = softmax_.follow(which, heard(storage_.reference[other()], which));
       }
+      softmax_.note_unset();
     }
     return others;
   }
+
+  __device__ __forceinline__ Rescaling hear_weights() { return follow_others(told_of_move()); }
 
   __device__ static __forceinline__ int own_warp() {
     return static_cast<int>(threadIdx.x) / 32 % kWarpsPerWarpgroup;
@@ -233,16 +250,17 @@ class Math {
     }
   }
 
-  // The weights to shared memory, for the other half.
-  __device__ __forceinline__ void store_weights(uint8_t (&into)[sm90::kTileBytes]) {
-    const uint32_t tile = sm90::shared_address(into);
+  // Weights to shared memory, for the other half: to the even pages' tile or over an odd one's
+  // rope.
+  __device__ __forceinline__ void store_weights(TokenGroup tokens, PagePosition position) {
+    const uint32_t tile = sm90::shared_address(
+        is_left() ? storage_.even_weights : storage_.pages[position.slot()][kRopeTile]);
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t row = threadIdx.x / 32 % kWarpsPerWarpgroup * 16 + lane % 16;
 #pragma unroll
-    for (uint32_t step = 0; step < 4; ++step) {
+    for (uint32_t step = tokens * 2; step < tokens * 2 + 2u; ++step) {
       sm90::store_matrix_x4(tile + sm90::swizzled_chunk(row, step * 2 + lane / 16), weights_[step]);
     }
-    sm90::async_proxy_fence();
   }
 
   __device__ __forceinline__ void end_item(const WorkItem& item, int destination) {
@@ -301,9 +319,10 @@ class Math {
   const int half_;
   const uint64_t query_;
   PagePosition position_;
-  uint32_t item_parity_ = 0;   // of query_full, the assignment and row_sum
-  uint32_t sums_parity_ = 0;   // of sums_ready: once per item with pages
-  uint32_t other_parity_ = 0;  // of the other half's weights_ready
+  uint32_t item_parity_ = 0;    // of query_full, the assignment and row_sum
+  uint32_t sums_parity_ = 0;    // of sums_ready: once per item with pages
+  uint32_t scored_parity_ = 0;  // of odd_scored
+  uint32_t other_parity_ = 0;   // of the other half's weights_ready
   Softmax softmax_;
   float scores_[32];
   float out_[128];

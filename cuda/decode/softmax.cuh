@@ -51,6 +51,9 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 // A thread's P fragment: four k-steps of 16 tokens, in the register order of a WGMMA A operand.
 using Weights = uint32_t[4][4];
 
+// Half of a page's tokens, two k-steps: what is weighed at a time.
+enum TokenGroup : int { kFirstTokens, kLastTokens };
+
 // How far, in log2 units, a new reference lies above the scores that it is made for. Weights are
 // then at most 2^-headroom; the reference stays until one reaches 2. Exponents cost no accuracy
 // but in float16, where small weights would become subnormal.
@@ -67,6 +70,7 @@ struct Rescaling {
 
 struct Softmax {
   float reference[2] = {kNegativeInfinity, kNegativeInfinity};
+  bool unset = true;  // a row of the warp has no reference; the same for all lanes
   float page_sum[2] = {0.f, 0.f};
   float row_sum[2] = {0.f, 0.f};  // of the pages this half owns; a quarter of each row per lane
 
@@ -79,36 +83,44 @@ struct Softmax {
     return factor;
   }
 
-  // Scores to weights by the present references, rounded to T. Returns whether they do not do, for
-  // one of the warp's rows: a row without reference, or with a weight of 2 or more.
+  // A group's scores to weights by the present references, rounded to T. Returns whether these do
+  // not do for this lane: a weight of 2 or more.
   template <class T>
-  __device__ __forceinline__ bool weigh(const float (&scores)[32], float scale, Weights& weights) {
-    const bool none = reference[0] == kNegativeInfinity || reference[1] == kNegativeInfinity;
-    if (__any_sync(~0u, none)) return true;
-    exponentiate<T>(scores, scale, weights);
+  __device__ __forceinline__ bool weigh(TokenGroup tokens, const float (&scores)[32], float scale,
+                                        Weights& weights) {
+    exponentiate<T>(tokens, scores, scale, weights);
     uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) bits |= weights[i / 4][i % 4];
-    return __any_sync(~0u, (bits & kTwoOrMore) != 0) != 0;
+    for (int i = 0; i < 8; ++i) bits |= weights[tokens * 2 + i / 4][i % 4];
+    return (bits & kTwoOrMore) != 0;
   }
 
-  // Adds the page's weights to the sums; before, if `moves`, the same for all lanes, weighs again
-  // by references above these scores.
+  // Weighs the page again, by references above all of its scores.
   template <class T>
-  __device__ __forceinline__ Rescaling settle(bool moves, const float (&scores)[32], float scale,
-                                              Weights& weights) {
-    Rescaling rescaling = {moves};
-    if (rescaling.any) {
+  __device__ __forceinline__ Rescaling move(const float (&scores)[32], float scale,
+                                            Weights& weights) {
+    Rescaling rescaling = {true};
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const float above = fmaf(row_maximum(which, scores), scale, kHeadroom<T>);
-        rescaling.factor[which] = follow(which, fmaxf(above, reference[which]));
-      }
-      exponentiate<T>(scores, scale, weights);
+    for (int which = 0; which < 2; ++which) {
+      const float above = fmaf(row_maximum(which, scores), scale, kHeadroom<T>);
+      rescaling.factor[which] = follow(which, fmaxf(above, reference[which]));
     }
+    note_unset();
+    exponentiate<T>(kFirstTokens, scores, scale, weights);
+    exponentiate<T>(kLastTokens, scores, scale, weights);
+    return rescaling;
+  }
+
+  // To be called when references have moved.
+  __device__ __forceinline__ void note_unset() {
+    const bool none = reference[0] == kNegativeInfinity || reference[1] == kNegativeInfinity;
+    unset = __any_sync(~0u, none) != 0;
+  }
+
+  // The page's weights are as they stay.
+  __device__ __forceinline__ void add_page() {
 #pragma unroll
     for (int which = 0; which < 2; ++which) row_sum[which] += page_sum[which];
-    return rescaling;
   }
 
   // Adds up the lanes that share a row.
@@ -131,27 +143,25 @@ struct Softmax {
     return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
   }
 
-  // Half of the weights at a time, so that no exponential is waited for alone.
+  // A group's exponentials together, so that none is waited for alone.
   template <class T>
-  __device__ __forceinline__ void exponentiate(const float (&scores)[32], float scale,
-                                               Weights& weights) {
+  __device__ __forceinline__ void exponentiate(TokenGroup tokens, const float (&scores)[32],
+                                               float scale, Weights& weights) {
     constexpr int kGroup = 16;
+    const int begin = tokens * kGroup;
     const float shift[2] = {-finite(reference[0]), -finite(reference[1])};
-    page_sum[0] = page_sum[1] = 0.f;
+    if (tokens == kFirstTokens) page_sum[0] = page_sum[1] = 0.f;
+    float weight[kGroup];
 #pragma unroll
-    for (int begin = 0; begin < 32; begin += kGroup) {
-      float weight[kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+      weight[i] = exp2_approximate(fmaf(scores[begin + i], scale, shift[i / 2 % 2]));
+    }
+    sm90::pin_registers(weight);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        weight[i] = exp2_approximate(fmaf(scores[begin + i], scale, shift[i / 2 % 2]));
-      }
-      sm90::pin_registers(weight);
-#pragma unroll
-      for (int i = 0; i < kGroup; i += 2) {
-        page_sum[i / 2 % 2] += weight[i];
-        page_sum[i / 2 % 2] += weight[i + 1];
-        weights[(begin + i) / 8][(begin + i) / 2 % 4] = pack_pair<T>(weight[i], weight[i + 1]);
-      }
+    for (int i = 0; i < kGroup; i += 2) {
+      page_sum[i / 2 % 2] += weight[i];
+      page_sum[i / 2 % 2] += weight[i + 1];
+      weights[(begin + i) / 8][(begin + i) / 2 % 4] = pack_pair<T>(weight[i], weight[i + 1]);
     }
   }
 

@@ -15,6 +15,7 @@ struct Barriers {
   uint64_t query_full;                          // query loaders -> both halves
   uint64_t query_empty;                         // both halves -> query loaders
   uint64_t weights_ready[2];                    // owner of an even / odd page -> the other half
+  uint64_t odd_scored;                          // right half's warps -> one another
   uint64_t sums_ready;                          // both halves -> both halves, once per item
 };
 
@@ -24,6 +25,7 @@ inline constexpr int kPageEmptyArrivals = kWarpsPerWarpgroup;
 inline constexpr int kQueryFullArrivals = kQueryLoaderWarps;
 inline constexpr int kQueryEmptyArrivals = 2 * kWarpsPerWarpgroup;
 inline constexpr int kWeightsReadyArrivals = kWarpsPerWarpgroup * 8;  // a lane per pair of rows
+inline constexpr int kOddScoredArrivals = kWarpsPerWarpgroup;
 inline constexpr int kSumsReadyArrivals = 2 * kWeightsReadyArrivals;
 
 // Named barriers between math warps; 0 is __syncthreads.

@@ -47,6 +47,7 @@ int print_constants() {
       {"query_full_arrivals", kQueryFullArrivals},
       {"query_empty_arrivals", kQueryEmptyArrivals},
       {"weights_ready_arrivals", kWeightsReadyArrivals},
+      {"odd_scored_arrivals", kOddScoredArrivals},
       {"sums_ready_arrivals", kSumsReadyArrivals},
       {"row_sum_buffers", sizeof(Storage::row_sum) / (2 * kRowTile * sizeof(float))},
       {"assignment_buffers", sizeof(Storage::assignments) / sizeof(Assignment)},

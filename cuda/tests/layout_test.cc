@@ -73,16 +73,17 @@ static_assert(offsetof(Storage, reference) == 229376 && sizeof(Storage::referenc
 static_assert(offsetof(Storage, row_sum) == 229888 && sizeof(Storage::row_sum) == 1024);
 static_assert(offsetof(Storage, reference_moved) == 230912);
 static_assert(sizeof(Storage::reference_moved) == 32);
-static_assert(offsetof(Storage, barriers) == 230944 && sizeof(Storage::barriers) == 168);
-static_assert(offsetof(Storage, part) == 231112 && sizeof(Storage::part) == 20);
-static_assert(offsetof(Storage, assignments) == 231132 && sizeof(Storage::assignments) == 40);
+static_assert(offsetof(Storage, barriers) == 230944 && sizeof(Storage::barriers) == 176);
+static_assert(offsetof(Storage, part) == 231120 && sizeof(Storage::part) == 20);
+static_assert(offsetof(Storage, assignments) == 231140 && sizeof(Storage::assignments) == 40);
 static_assert(sizeof(Storage) == 231424 && alignof(Storage) == 1024);
 static_assert(offsetof(PartialRow, scale) == 4 && sizeof(PartialRow) == 16);
 static_assert(sizeof(Storage) <= 232448);  // of a block on sm_90
 using decode::Barriers;
 static_assert(offsetof(Barriers, page_full) == 0 && offsetof(Barriers, page_empty) == 80);
 static_assert(offsetof(Barriers, query_full) == 128 && offsetof(Barriers, query_empty) == 136);
-static_assert(offsetof(Barriers, weights_ready) == 144 && offsetof(Barriers, sums_ready) == 160);
+static_assert(offsetof(Barriers, weights_ready) == 144 && offsetof(Barriers, odd_scored) == 160);
+static_assert(offsetof(Barriers, sums_ready) == 168);
 
 // Page parts and boxes: tiles, and the bytes that TMA boxes of 64 x 64 elements bring.
 constexpr bool tiles_are(decode::TileRange tiles, int begin, int count) {
@@ -103,6 +104,7 @@ static_assert(!decode::ends_part(0) && decode::ends_part(1) && decode::ends_part
 static_assert(decode::kPageFullArrivals == 1 && decode::kPageEmptyArrivals == 4);
 static_assert(decode::kQueryFullArrivals == 3 && decode::kQueryEmptyArrivals == 8);
 static_assert(decode::kWeightsReadyArrivals == 32 && decode::kSumsReadyArrivals == 64);
+static_assert(decode::kOddScoredArrivals == 4);
 
 // Roles and registers.
 static_assert(decode::kThreads == 384);
