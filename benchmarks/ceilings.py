@@ -59,8 +59,8 @@ def measure(
 
 
 def read_gbps(runner: pathlib.Path | None) -> float | None:
-    """Pure read bandwidth as the runner measures it, None where there is no runner."""
-    if runner is None or not runner.exists():
+    """Pure read bandwidth as the runner measures it, None where there is no runner or no GPU."""
+    if jax.default_backend() != "gpu" or runner is None or not runner.exists():
         return None
     command = [str(runner), "ceiling=1"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

@@ -88,6 +88,12 @@ def test_chain_is_nothing_but_calls_of_the_kernel(workload: ModuleType) -> None:
     assert operations == ["stablehlo.custom_call @jax_flashmla_decode"] * 5
 
 
+def test_a_runner_is_not_asked_where_there_is_no_gpu(workload: ModuleType) -> None:
+    del workload  # its folder is on the path
+    ceilings = importlib.import_module("ceilings")
+    assert ceilings.read_gbps(pathlib.Path(sys.executable)) is None  # would fail if run
+
+
 QUICK = {
     "decode.py": ["--rows", "128xvar*/h16/s1"],
     "overhead.py": ["--rows", "128xvar*/h16/s1"],
