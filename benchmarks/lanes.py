@@ -5,6 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +60,20 @@ QUICK = Turns(rounds=2, seconds=0.005, rest=0.0)
 def chain_lane(name: str, chain: Chain) -> Lane:
     """A lane of a compiled chain; each run starts from the last one's ``out``."""
     # The queries go over the host: a copy on the device would be compiled for each shape.
-    state = jnp.array(np.asarray(chain.inputs.q_latent))
+    return stepping_lane(name, chain.calls, chain, jnp.array(np.asarray(chain.inputs.q_latent)))
+
+
+def stepping_lane(name: str, calls: int, step: Callable[[Any], object], state: object) -> Lane:
+    """A lane of a compiled step; each run starts from the last one's state, first `state`."""
 
     def start() -> None:
         nonlocal state
-        state = chain(state)
+        state = step(state)
 
     def wait() -> None:
         jax.block_until_ready(state)
 
-    return Lane(name, chain.calls, start, wait, through_jax=True)
+    return Lane(name, calls, start, wait, through_jax=True)
 
 
 def interleave(lanes: Sequence[Lane], turns: Turns) -> dict[str, Seconds]:

@@ -137,13 +137,9 @@ def count(text: str) -> dict[str, int]:
 def lane(ready: Compiled) -> lanes.Lane:
     """A lane of a compiled chain; each run starts from the last one's state."""
     program = ready.program
+
+    def step(state: object) -> object:
+        return ready.run(state, program.rest, program.tables)
+
     state = jax.tree.map(jnp.copy, program.state)  # it is donated
-
-    def start() -> None:
-        nonlocal state
-        state = ready.run(state, program.rest, program.tables)
-
-    def wait() -> None:
-        jax.block_until_ready(state)
-
-    return lanes.Lane(program.name, program.calls, start, wait, through_jax=True)
+    return lanes.stepping_lane(program.name, program.calls, step, state)
