@@ -1,8 +1,11 @@
+import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
+from quick_script import BENCHMARKS
 
 # Read when JAX starts its CPU client: several host devices, for meshes.
 os.environ["XLA_FLAGS"] = (
@@ -37,6 +40,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return (yield)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of `benchmarks/` by its name: that folder is no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """The benchmark's own inputs, and that its scripts run. Nothing here is about speed."""
 
-import importlib
 import json
 import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -19,9 +19,8 @@ PEERS = json.loads((BENCHMARKS / "peers-h200.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
-def workload(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("workload")
+def workload(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("workload")
 
 
 def test_peer_table_is_complete() -> None:
@@ -70,8 +69,8 @@ def test_sets_of_a_row_share_no_page(workload: ModuleType) -> None:
     assert sorted(pages) == list(range(row.sets * total))
 
 
-def test_chain_is_nothing_but_calls_of_the_kernel(workload: ModuleType) -> None:
-    contenders = importlib.import_module("contenders")
+def test_chain_is_nothing_but_calls_of_the_kernel(load: Callable[[str], ModuleType]) -> None:
+    workload, contenders = load("workload"), load("contenders")
     row = workload.Row(16, 2, 2, 130)
     pool = workload.make_pool([row])
     inputs = workload.make_inputs(row, pool.shape[0])
@@ -88,10 +87,8 @@ def test_chain_is_nothing_but_calls_of_the_kernel(workload: ModuleType) -> None:
     assert operations == ["stablehlo.custom_call @jax_flashmla_decode"] * 5
 
 
-def test_a_runner_is_not_asked_where_there_is_no_gpu(workload: ModuleType) -> None:
-    del workload  # its folder is on the path
-    ceilings = importlib.import_module("ceilings")
-    assert ceilings.read_gbps(pathlib.Path(sys.executable)) is None  # would fail if run
+def test_a_runner_is_not_asked_where_there_is_no_gpu(load: Callable[[str], ModuleType]) -> None:
+    assert load("ceilings").read_gbps(pathlib.Path(sys.executable)) is None  # would fail if run
 
 
 QUICK = {

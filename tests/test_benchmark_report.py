@@ -1,6 +1,5 @@
 """What the benchmark's report makes of numbers, and how its contenders take turns."""
 
-import importlib
 import json
 import pathlib
 import statistics
@@ -26,12 +25,6 @@ FWD = (
     "window_size_right softcap is_rotary_interleaved scheduler_metadata num_splits pack_gqa "
     "sm_margin s_aux cp_world_size cp_rank cp_tot_seqused_k "
 )
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def run(

@@ -1,18 +1,17 @@
 """The benchmark of the cache operations: its sizes, and that it runs. Nothing is about speed."""
 
-import importlib
 import pathlib
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
 import pytest
-from quick_script import BENCHMARKS, run_quick
+from quick_script import run_quick
 
 
 @pytest.fixture
-def cache_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("cache_ops")
+def cache_ops(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("cache_ops")
 
 
 def test_bytes_are_those_of_the_arrays(cache_ops: ModuleType) -> None:

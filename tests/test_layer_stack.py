@@ -1,23 +1,22 @@
 """The benchmark of whole attention stacks: its rows fit, share what they must, and it runs."""
 
-import importlib
 import pathlib
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick_script import BENCHMARKS, run_quick
+from quick_script import run_quick
 
 from jax_flashmla import mla
 from jax_flashmla._roofline import H200
 
 
 @pytest.fixture
-def stack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("stack")
+def stack(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("stack")
 
 
 def test_rows_fit_the_card_and_share_no_more_than_they_must(stack: ModuleType) -> None:
@@ -50,9 +49,11 @@ def test_new_tokens_have_slots_of_their_own(stack: ModuleType, name: str) -> Non
     assert len(np.unique(table)) * 64 >= row.work.unique_tokens
 
 
-def test_loop_scan_and_gather_agree(stack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_scan_and_gather_agree(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The contenders compute the same step; the gather's scale is its own, so it is set here."""
-    contenders = importlib.import_module("contenders")
+    stack, contenders = load("stack"), load("contenders")
     row = stack.load_rows("v3/128x4096")[0].shrunk()
     config, model = row.model.config, row.model
     monkeypatch.setattr(contenders, "SOFTMAX_SCALE", config.softmax_scale)
@@ -83,9 +84,8 @@ def test_script_runs_on_tiny_shapes(tmp_path: pathlib.Path) -> None:
     assert (row["model"], row["shared_pages"]) == ("v2lite", False)
 
 
-def test_profile_counts_what_each_kernel_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    profile = importlib.import_module("layer_profile")
+def test_profile_counts_what_each_kernel_adds(load: Callable[[str], ModuleType]) -> None:
+    profile = load("layer_profile")
     # A combine that starts while the decode kernel runs, a gap, a product; a step's end differs.
     layer = [("decode_kernel", 0, 100), ("combine_kernel", 20, 110), ("gemm_fusion_dot", 115, 145)]
     events = [
@@ -110,6 +110,5 @@ def test_profile_counts_what_each_kernel_adds(monkeypatch: pytest.MonkeyPatch) -
         ("nvjet_sm90_tst_64x32_64x16_1x2_h_bz_NTT", "nvjet_sm90_tst_64x32_64x16_1x2_h_bz_NTT"),
     ],
 )
-def test_profile_shortens_names(monkeypatch: pytest.MonkeyPatch, name: str, short: str) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    assert importlib.import_module("layer_profile").short_name(name) == short
+def test_profile_shortens_names(load: Callable[[str], ModuleType], name: str, short: str) -> None:
+    assert load("layer_profile").short_name(name) == short

@@ -1,6 +1,5 @@
 """The benchmark over meshes: what is counted and told, and that it runs. Nothing is about speed."""
 
-import importlib
 import pathlib
 import subprocess
 import sys
@@ -11,12 +10,6 @@ import pytest
 from quick_script import BENCHMARKS, run_quick
 
 ENV = {"device": "a card", "date": "today", "commit": "none", "command": "python mesh.py"}
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def row(name: str, **us: float) -> dict:

@@ -1,9 +1,10 @@
 """benchmarks/replays.py spells the kernels' parameters as cuda/params.h does."""
 
 import ctypes
-import importlib
 import pathlib
 import subprocess
+from collections.abc import Callable
+from types import ModuleType
 
 import cuda_host
 import pytest
@@ -13,10 +14,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
 def test_parameters_lie_where_the_kernels_have_them(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, load: Callable[[str], ModuleType]
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    params = importlib.import_module("replays").DecodeParams
+    params = load("replays").DecodeParams
     program = tmp_path / "decode_params"
     source = ROOT / "tests" / "decode_params.cc"
     command = [cuda_host.compiler(), "-std=c++20", source, "-o", program]
@@ -27,6 +27,5 @@ def test_parameters_lie_where_the_kernels_have_them(
     assert ours | {"size": ctypes.sizeof(params)} == theirs
 
 
-def test_without_a_gpu_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    assert importlib.import_module("replays").load(pathlib.Path("none")) == "there is no GPU"
+def test_without_a_gpu_there_is_no_library(load: Callable[[str], ModuleType]) -> None:
+    assert load("replays").load(pathlib.Path("none")) == "there is no GPU"
