@@ -16,18 +16,22 @@ struct Blocks {
   static constexpr int kWarps = kFew ? 4 : 8;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kGroups = kWarps * kWarpGroups;
-  // Of a part, for each row tile of a KV head. For few rows no more than there is work for: the
-  // blocks of all parts then start on the SMs that the decode kernel leaves first, and none behind
-  // its last.
-  static constexpr int kPerTile = kFew ? kMostRows / kFewRowsPerBlock : 3;
+  // Of a part, for each row tile of a KV head: no more than there is work for, so that the blocks
+  // of all parts start on the SMs that the decode kernel leaves first, and none behind its last.
+  // Parts with many tiles have three for each: 256 rows, 1 x 4096, 15.2 -> 14.0 us, while 64 and
+  // 128 rows have two, 10.3 -> 9.9, 11.1 -> 10.5, 16 x 4096 27.3 -> 26.7, 35.1 -> 34.2 (H200).
+  static constexpr int kMostPerTile = kFew ? kMostRows / kFewRowsPerBlock : 3;
+  static constexpr int per_tile(int part_tiles) {
+    return !kFew && part_tiles <= 2 ? 2 : kMostPerTile;
+  }
   // Those of all parts are one wave.
-  static constexpr int kPerSm = kFew ? 5 : kPerTile;
+  static constexpr int kPerSm = kFew ? 5 : 3;
   // Percent of an SM's memory that is to be shared memory while they run. Less than the decode
   // kernels take is faster where the next one begins early (H200: 16 heads, 1 x 4096 8.2 -> 6.8 us,
-  // 64 heads 10.5 against 11.1 with all of it), probably because no block of one kernel then begins
+  // 64 heads 9.95 against 10.3 with all of it), probably because no block of one kernel then begins
   // on an SM that still has one of the other. 0 is best for 16 rows, 3% slower for 32 at 128 x
-  // 1024.
-  static constexpr int kSharedPercent = kMostRows == kFewRowsPerBlock ? 0 : kFew ? 14 : 50;
+  // 1024 and for 64 at 1 x 4096.
+  static constexpr int kSharedPercent = kMostRows == kFewRowsPerBlock ? 0 : 14;
 };
 
 }  // namespace flashmla::combine

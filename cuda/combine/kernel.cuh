@@ -118,7 +118,9 @@ __global__ void __launch_bounds__(Blocks<kMostRows>::kThreads, Blocks<kMostRows>
   } else {
     merge_many<T, kMostRows>(merge, share, block, blocks_per_part);
   }
-  sm90::wait_for_previous_kernel();  // every block, so that nobody behind runs ahead
+  // So that nobody behind runs ahead. Idle parts' blocks leave, to make room for others, but for
+  // the grid's first: it waits whatever the schedule holds.
+  if (!share.idle || blockIdx.x == 0) sm90::wait_for_previous_kernel();
 }
 
 }  // namespace flashmla::combine

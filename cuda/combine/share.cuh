@@ -17,7 +17,8 @@ struct Share {
   int first_slot = 0;
   int splits = 0;
   int begin_line = 0;
-  int end_line = 0;  // == begin_line: nothing to merge
+  int end_line = 0;   // == begin_line: nothing to merge
+  bool idle = false;  // the part has nothing to do at all
 
   __device__ __forceinline__ bool empty() const { return begin_line >= end_line; }
 };
@@ -35,7 +36,8 @@ __device__ __forceinline__ Share find_share(const decode::Arguments& a, int part
   const int request = range.begin_request;
   const int split = range.begin_split;
   const bool whole = split == 0 && range.end_request > request;
-  if (request >= p.batch || whole || split < 0 || split > part) return {};
+  if (request >= p.batch) return {.idle = true};
+  if (whole || split < 0 || split > part) return {};
   const decode::PartRange first = decode::read_part(a, part - split);
   const int before = p.num_splits[request];
   const int splits = p.num_splits[request + 1] - before;

@@ -49,14 +49,15 @@ __device__ __forceinline__ int least_to_prefetch(const Arguments& a) {
   return a.params.early_start ? 1 : 3;
 }
 
-// Row tiles that read the same pages share the boxes. Where they do, memory is idle before only if
-// this is an early start, and requests are split and combined.
+// Row tiles that read the same pages share the boxes, and bring a page for every two of them. Where
+// they do, memory is idle before only if this is an early start, and requests are split and
+// combined.
 __device__ __forceinline__ void prefetch_first_pages(const Arguments& a, const BlockPlace& place) {
   constexpr int kLanesPerPage = 8;
   static_assert(kPageBoxes <= kLanesPerPage);
   if (a.row_tiles > 1 && !a.params.early_start) return;
   const FirstPages pages(a, place.part, least_to_prefetch(a));
-  const int wanted = a.row_tiles == 1 ? 1 : pages.split ? 2 : 0;
+  const int wanted = a.row_tiles == 1 || pages.split ? schedule::ceil_div(a.row_tiles, 2) : 0;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int page = lane / kLanesPerPage;
   const int box = lane % kLanesPerPage;

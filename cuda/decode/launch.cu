@@ -95,7 +95,8 @@ template <class T, int kMostRows>
 const char* launch_combine(const Arguments& a, cudaStream_t stream) {
   using Blocks = combine::Blocks<kMostRows>;
   const DecodeParams& p = a.params;
-  const long long blocks = static_cast<long long>(Blocks::kPerTile) * p.h_kv * a.row_tiles;
+  const int tiles = p.h_kv * a.row_tiles;
+  const long long blocks = static_cast<long long>(Blocks::per_tile(tiles)) * tiles;
   const LaunchConfig config(static_cast<unsigned>(blocks * p.num_sm_parts), Blocks::kThreads, 0,
                             stream, true);
   return config.launch(combine::combine_kernel<T, kMostRows>, a, static_cast<int>(blocks));
@@ -134,7 +135,7 @@ const char* prepare_device() {
 const char* launch_decode(const DecodeParams& params, cudaStream_t stream) {
   Arguments a = make_arguments(params);
   const long long blocks = static_cast<long long>(params.h_kv) * a.row_tiles * params.num_sm_parts;
-  if (blocks > schedule::kMaxInt / combine::Blocks<decode::kRowTile>::kPerTile)
+  if (blocks > schedule::kMaxInt / combine::Blocks<decode::kRowTile>::kMostPerTile)
     return "too many query rows times SM parts for one grid";
   if (!decode::has_tensor_maps()) return "the driver has no cuTensorMapEncodeTiled";
   if (const char* error = a.few ? nullptr : encode_maps(a)) return error;

@@ -107,7 +107,7 @@ void compare(Mismatches& mismatches, int splits) {
   a.heads_per_kv = kHeadsQ / kHeadsKv;
   a.few = in_order;
   using Blocks = combine::Blocks<kMostRows>;
-  constexpr int blocks = Blocks::kPerTile * kHeadsKv;
+  constexpr int blocks = Blocks::per_tile(kHeadsKv) * kHeadsKv;
   combine::combine_kernel<T, kMostRows><<<blocks * splits, Blocks::kThreads>>>(a, blocks);
   mismatches.synchronize("combine_kernel");
   const std::vector<uint16_t> got = out.host();
