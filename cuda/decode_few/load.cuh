@@ -25,7 +25,8 @@ struct RingPosition {
 };
 
 // The block's first page as it seemed before the kernel ahead had ended. An early start asks for it
-// as soon as that has, and looks up what it really is meanwhile: 0.5 of 8 us at 1 x 4096 (H200).
+// when that has ended and the schedule's row has come, and looks up what it really is meanwhile:
+// 0.5 of 8 us at 1 x 4096 (H200).
 struct Guess {
   bool asked = false;
   int page_id = 0;
