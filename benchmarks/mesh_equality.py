@@ -19,11 +19,10 @@ import mesh_calls
 import numpy as np
 import script
 from jax import P
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jax_flashmla import context_parallel
-from jax_flashmla._exchange import EXCHANGES
-from jax_flashmla.testing import cases, checking, inputs
+from jax_flashmla import _exchange, context_parallel
+from jax_flashmla.testing import cache_oracle, cases, checking, inputs
 
 SIZES = mesh_calls.Sizes(batch=8, heads=64, pages=16, rows=16, dtype="bfloat16")
 CONTEXT = cases.Shape(6, 2, 64, pages=9, pool_pages=64, softmax_scale=mesh_calls.SCALE)
@@ -56,7 +55,7 @@ def check(devices: Sequence[jax.Device]) -> list[dict]:
     Returns:
         One entry per op and kind of mesh: how many checks, how many passed, what was wrong.
     """
-    checks = [*_ops(devices), *_context(devices)]
+    checks = [*_ops(devices), *_context(devices), *_direct(devices)]
     with concurrent.futures.ThreadPoolExecutor(measure.COMPILE_THREADS) as threads:
         ready = list(
             threads.map(lambda x: jax.jit(x.function).lower(*x.operands).compile(), checks)
@@ -171,7 +170,7 @@ def _context(devices: Sequence[jax.Device]) -> Iterator[Check]:
                 jax.device_put(x, NamedSharding(mesh, spec))
                 for x, spec in zip(operands, specs, strict=True)
             ]
-            for exchange in EXCHANGES:
+            for exchange in _exchange.EXCHANGES:
                 function = _context_function(kind, mesh, specs, exchange)
                 what = f"context parallel, {exchange}"
                 yield Check(what, kind, function, placed, faults)
@@ -200,13 +199,73 @@ def _context_function(
 
 def _context_faults(data: inputs.Inputs, shape: cases.Shape) -> Callable[[Arrays], list[str]]:
     def faults(got: Arrays) -> list[str]:
-        found = judged(got, data, shape)
-        for x in got:
-            if not all(same_bits(x.addressable_data(0), y.data) for y in x.addressable_shards):
-                found.append("devices differ in their bits")
-        return found
+        return judged(got, data, shape) + _differing(got)
 
     return faults
+
+
+def _differing(got: Arrays) -> list[str]:
+    same = [same_bits(x.addressable_data(0), y.data) for x in got for y in x.addressable_shards]
+    return [] if all(same) else ["devices differ in their bits"]
+
+
+def _direct(devices: Sequence[jax.Device]) -> Iterator[Check]:
+    """The direct exchange of random partials: one round and two, one row and more than warps."""
+    if any(device.platform != "gpu" for device in devices):
+        return
+    n = len(devices)
+    mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Explicit,), devices=devices)
+    rng = np.random.default_rng(n)
+    for k, rows in ((1, 1), (1, 70), (2, 33), (3, 1100), (2, 2048), (1, 5000)):
+        for dtype in ("bfloat16", "float16"):
+            outs = rng.standard_normal((n, k, rows, 512)).astype(np.float32)
+            lses = (3 * rng.standard_normal((n, k, rows))).astype(np.float32)
+            hollow = rng.uniform(size=lses.shape) < 0.3  # a share is empty, and one row wholly
+            hollow[..., -1] = True
+            outs[hollow], lses[hollow] = np.nan, -np.inf
+            operands = [
+                jax.device_put(x, NamedSharding(mesh, P("context")))
+                for x in (outs.astype(jnp.dtype(dtype)), lses)
+            ]
+            function = functools.partial(_exchanged, mesh=mesh)
+            faults = functools.partial(_merge_faults, *map(np.asarray, operands), dtype)
+            yield Check("exchange, direct", "Explicit", function, operands, faults)
+
+
+def _exchanged(outs: jax.Array, lses: jax.Array, *, mesh: Mesh) -> Arrays:
+    """Eight exchanges, each with lses of its own, so that a slot that was not renewed shows."""
+
+    def local(outs: jax.Array, lses: jax.Array) -> Arrays:
+        results = [
+            _exchange.merge_over(
+                *(outs[0], lses[0] + i),
+                axis_name="context",
+                exchange="direct",
+                implementation="cuda",
+            )
+            for i in range(8)
+        ]
+        return tuple(jnp.stack(x) for x in zip(*results, strict=True))
+
+    specs = P("context"), P("context")
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None))
+    return mapped(outs, lses)
+
+
+def _merge_faults(outs: np.ndarray, lses: np.ndarray, dtype: str, got: Arrays) -> list[str]:
+    """Every repetition is held against float64, every device against the first."""
+    found = _differing(got)
+    for i in range(len(got[0])):
+        exact = cache_oracle.merge(_flat(outs), _flat(lses) + np.float32(i), dtype)
+        for name, result, truth in zip(("out", "lse"), got, exact, strict=True):
+            if wrong := truth.faults(np.asarray(result[i])):
+                found.append(f"{name}: {wrong} wrong in exchange {i}")
+    return found
+
+
+def _flat(partials: np.ndarray) -> np.ndarray:
+    """All partials of all devices: `[n * k, rows, ...]`."""
+    return partials.reshape(-1, *partials.shape[2:])
 
 
 @functools.cache

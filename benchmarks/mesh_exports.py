@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
 import context_pools
+import exported_exchange
 import exported_step
 import jax
 import mesh_calls
@@ -38,6 +39,8 @@ def make(folder: pathlib.Path, counts: Iterable[int]) -> None:
 def check(folder: pathlib.Path | None, devices: Sequence[jax.Device]) -> list[dict]:
     """Runs the program kept in the tests, and those of `make` for as many devices as there are."""
     entries = [_kept()]
+    if len(devices) >= exported_exchange.DEVICES:
+        entries.append(_kept_exchange(devices))
     for path in sorted(folder.glob("*.jaxexport")) if folder else ():
         name, n = path.stem.split("-")
         if int(n) <= len(devices):
@@ -55,6 +58,17 @@ def _kept() -> dict:
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
         wrong += [f"batch {batch}: differs"] * (not all(_near(x, y) for x, y in pairs))
     return _entry("exported, kept in the tests", "one device", 1, len(batches), wrong)
+
+
+def _kept_exchange(devices: Sequence[jax.Device]) -> dict:
+    program = export.deserialize(exported_exchange.PATH.read_bytes())
+    arguments = exported_exchange.arguments(devices)
+    got, expected = (
+        jax.jit(program.call)(*arguments),
+        exported_exchange.program(devices)(*arguments),
+    )
+    wrong = [] if all(_near(x, y) for x, y in zip(got, expected, strict=True)) else ["differs"]
+    return _entry("exported, kept in the tests", "shard_map", exported_exchange.DEVICES, 1, wrong)
 
 
 def _made(path: pathlib.Path, name: str, devices: Sequence[jax.Device]) -> dict:

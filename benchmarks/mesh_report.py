@@ -10,7 +10,7 @@ import goals
 
 from jax_flashmla._exchange import EXCHANGES
 
-_COLORS = ("tab:orange", "gold", "tab:red", "tab:pink")
+_COLORS = ("tab:green", "limegreen", "tab:orange", "gold", "tab:red", "tab:pink")
 WEAK_MOST, HEADS_MOST = 1.03, 1.03
 # By row and GPUs: how many times as fast as one GPU.
 CONTEXT_LEAST = {
@@ -21,10 +21,8 @@ CONTEXT_LEAST = {
 }
 SPREAD_COLUMNS = ("spread", "heads", "batch × tokens", "GPUs", "us", "one GPU alone, us", "ratio")
 CONTEXT_COLUMNS = (
-    *("heads", "batch × tokens", "GPUs", "attention alone, us"),
-    *("gather, us", "speed-up", "captured, us", "speed-up"),
-    *("heads, us", "speed-up", "captured, us", "speed-up"),
-    *("merge alone: gather", "captured", "heads", "captured", "gather, in a scan"),
+    *("heads", "batch × tokens", "GPUs", "exchange", "us", "speed-up"),
+    *("captured, us", "speed-up", "in a scan, us", "exchange alone, us", "captured, us"),
 )
 WHOLE = tuple(f"{x}{how}" for x in EXCHANGES for how in ("", ", captured"))
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -87,7 +85,7 @@ def _draw_speed(axes: object, result: dict) -> None:
     for row in result["rows"]:
         us, counts = _medians(row), _counts(row)
         work = {n: n if row["way"] == "requests" else 1 for n in counts}
-        times = {n: us.get(f"on {n}", us.get(f"gather, captured on {n}")) for n in counts}
+        times = {n: us.get(f"on {n}", us.get(f"direct on {n}")) for n in counts}
         gain = [1.0, *(work[n] * _alone(us) / times[n] for n in counts)]
         axes.plot([1, *counts], gain, marker=markers[row["way"]], label=row["row"])
     axes.set(xlabel="GPUs", ylabel="tokens per second, over one GPU's", xticks=result["devices"])
@@ -166,16 +164,27 @@ def _spread(row: dict) -> Iterator[tuple[str, ...]]:
 
 def _context(row: dict) -> Iterator[tuple[str, ...]]:
     us = _medians(row)
-    shape = str(row["h_q"]), f"{row['batch']} × {row['seqlen']}"
-    yield (*shape, "1", f"{_alone(us):.1f}", *["-"] * 13)
+    shape, nothing = (str(row["h_q"]), f"{row['batch']} × {row['seqlen']}"), ["-"] * 5
+
+    def time_and_gain(name: str) -> list[str]:
+        return [f"{us[name]:.1f}", f"{_alone(us) / us[name]:.2f}"]
+
+    yield (*shape, "1", "-", f"{_alone(us):.1f}", "1.00", *nothing)
     for n in _counts(row):
-        cells = [f"{us[f'attention on {n}']:.1f}"]
-        for name in WHOLE:
-            whole = us[f"{name} on {n}"]
-            cells += [f"{whole:.1f}", f"{_alone(us) / whole:.2f}"]
-        cells += [f"{us[f'merge, {name} on {n}']:.1f}" for name in WHOLE]
-        cells.append(f"{us[f'gather, in a scan on {n}']:.1f}")
-        yield (*shape, str(n), *cells)
+        yield (
+            *shape,
+            str(n),
+            "none: attention alone",
+            *time_and_gain(f"attention on {n}"),
+            *nothing,
+        )
+        for exchange in EXCHANGES:
+            cells = [*time_and_gain(f"{exchange} on {n}")]
+            cells += time_and_gain(f"{exchange}, captured on {n}")
+            names = f"{exchange}, in a scan", f"merge, {exchange}", f"merge, {exchange}, captured"
+            found = [us.get(f"{name} on {n}") for name in names]
+            cells += [f"{x:.1f}" if x else "-" for x in found]
+            yield (*shape, str(n), exchange, *cells)
 
 
 def _reference(row: dict, us: dict[str, float], n: int) -> float:

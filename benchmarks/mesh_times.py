@@ -100,8 +100,9 @@ def chained(program: Program) -> Callable[..., object]:
     attend = jax.jit(program.attend)  # traced and lowered once; XLA inlines it
 
     def run(state: object, rest: tuple, tables: tuple) -> object:
+        shared = program.before(*rest, tables[0])
         for table in itertools.islice(itertools.cycle(tables), program.calls):
-            state = attend(state, *rest, table)
+            state = attend(state, *rest, table, *shared)
         return state
 
     return run
@@ -111,11 +112,11 @@ def scanned(program: Program) -> Callable[..., object]:
     """The same as a loop of XLA's."""
 
     def run(state: object, rest: tuple, tables: tuple) -> object:
-        stacked = jnp.stack(tables)
+        stacked, shared = jnp.stack(tables), program.before(*rest, tables[0])
 
         def step(state: object, i: jax.Array) -> tuple[object, None]:
             table = jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
-            return program.attend(state, *rest, table), None
+            return program.attend(state, *rest, table, *shared), None
 
         places = jnp.arange(program.calls, dtype=jnp.int32) % len(tables)
         return jax.lax.scan(step, state, places)[0]

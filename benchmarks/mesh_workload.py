@@ -63,6 +63,8 @@ class Program:
         tables: KV sets to rotate over.
         calls: In one chain.
         scan: Whether the chain is a loop, else its calls stand one after the other.
+        before: What stands before the calls: maps ``rest`` and the first table to what every call
+            gets behind its table.
         captured: Whether collectives may be part of command buffers, which are CUDA graphs. XLA
             leaves them out unless it is told.
     """
@@ -75,14 +77,13 @@ class Program:
     calls: int
     scan: bool = False
     captured: bool = False
+    before: Callable[..., tuple] = lambda *_: ()
 
-    def variants(self, *, scan: bool) -> Iterator["Program"]:
-        """The program, also captured, also as a loop."""
+    def variants(self) -> Iterator["Program"]:
+        """The program, also captured."""
         name, on = self.name.rsplit(" on ", 1)
         yield self
         yield dataclasses.replace(self, name=f"{name}, captured on {on}", captured=True)
-        if scan:
-            yield dataclasses.replace(self, name=f"{name}, in a scan on {on}", scan=True)
 
 
 class Pools:
@@ -178,7 +179,15 @@ def over_context(row: Row, pools: Pools, mesh: Mesh) -> Iterator[Program]:
     for exchange in _exchange.EXCHANGES:
         attend = functools.partial(_over_context, mesh=mesh, exchange=exchange)
         whole = Program(f"{exchange} on {n}", attend, put(latent), rest, tables, calls)
-        yield from whole.variants(scan=exchange == "gather")
+        yield from whole.variants()
+        prepared = functools.partial(_over_context_prepared, mesh=mesh, exchange=exchange)
+        yield dataclasses.replace(
+            whole,
+            name=f"{exchange}, in a scan on {n}",
+            attend=prepared,
+            scan=True,
+            before=functools.partial(_prepare, mesh=mesh, row=row),
+        )
     many = dataclasses.replace(row, batch=n * row.batch)
     yield over_requests(f"attention on {n}", many, shares.reshape(-1), pools, mesh, calls)
     partials = put(np.tile(latent, (n, 1, 1, 1)), AXIS), put(np.zeros(many_rows(many)), AXIS)
@@ -187,7 +196,7 @@ def over_context(row: Row, pools: Pools, mesh: Mesh) -> Iterator[Program]:
         alone = Program(
             f"merge, {exchange} on {n}", merge, partials, (), (put(np.zeros(1)),), calls
         )
-        yield from alone.variants(scan=False)
+        yield from alone.variants()
 
 
 def many_rows(row: Row) -> tuple[int, int, int]:
@@ -219,6 +228,45 @@ def _over_context(
         exchange=exchange,
     )
     return out
+
+
+def _prepare(
+    _q_rope: jax.Array,
+    _pool: jax.Array,
+    lengths: jax.Array,
+    tables: jax.Array,
+    *,
+    mesh: Mesh,
+    row: Row,
+) -> tuple:
+    """What layers of a loop share: schedules and mailboxes."""
+
+    def local(tables: jax.Array, lengths: jax.Array) -> tuple:
+        counts = {"s_q": row.s_q, "h_q": row.h_q}
+        made = context_parallel.get_schedules(tables[0], lengths, axis_name=AXIS, **counts)
+        return made, context_parallel.get_mailboxes(axis_name=AXIS, b=row.batch, **counts)
+
+    specs = P(AXIS, None, None), P(None)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(AXIS), P()))
+    return mapped(tables, lengths)
+
+
+def _over_context_prepared(*arrays: object, mesh: Mesh, exchange: _exchange.Exchange) -> jax.Array:
+    def local(*arrays: object) -> jax.Array:
+        *whole, lengths, tables, schedules, mailboxes = arrays
+        out, _ = context_parallel.mla_decode_context_parallel(
+            *(*whole, tables[0], lengths),
+            axis_name=AXIS,
+            softmax_scale=SOFTMAX_SCALE,
+            exchange=exchange,
+            schedules=schedules,
+            mailboxes=mailboxes,
+        )
+        return out
+
+    on_each = P(AXIS)
+    specs = P(), P(), on_each, P(), on_each, on_each, P()
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*arrays)
 
 
 def _merge(

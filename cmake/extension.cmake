@@ -8,10 +8,13 @@ execute_process(
 
 pybind11_add_module(_cuda NO_EXTRAS
   cuda/module.cc
+  cuda/ffi/address_handler.cc
   cuda/ffi/append_handler.cc
   cuda/ffi/arguments.cc
   cuda/ffi/cache_arguments.cc
   cuda/ffi/decode_handler.cc
+  cuda/ffi/exchange_arguments.cc
+  cuda/ffi/exchange_handler.cc
   cuda/ffi/expectation.cc
   cuda/ffi/gather_handler.cc
   cuda/ffi/merge_handler.cc

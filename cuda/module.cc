@@ -28,6 +28,8 @@ py::dict registrations() {
   targets["jax_flashmla_append"] = target(flashmla_append_handler);
   targets["jax_flashmla_gather"] = target(flashmla_gather_handler);
   targets["jax_flashmla_merge"] = target(flashmla_merge_handler);
+  targets["jax_flashmla_address"] = target(flashmla_address_handler);
+  targets["jax_flashmla_exchange"] = target(flashmla_exchange_handler);
   return targets;
 }
 

@@ -22,6 +22,7 @@ from jax_flashmla._page_shares import share
 from jax_flashmla._shapes import PAGE_SIZE
 from jax_flashmla.schedule import Schedule
 
+MOST_PIECES = 2
 Piece = tuple[jax.Array, jax.Array]  # block_table int32 [requests, width], cache_seqlens [requests]
 
 

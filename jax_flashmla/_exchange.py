@@ -6,21 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_flashmla import _direct_exchange, _manual_axes
+from jax_flashmla._direct_exchange import Mailboxes
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla._merge import merge_partials
 
-Exchange = Literal["gather", "heads"]
-EXCHANGES = ("gather", "heads")
+Exchange = Literal["direct", "gather", "heads"]
+EXCHANGES = ("direct", "gather", "heads")
 
 
 def check(exchange: str, h_q: int, n: int) -> None:
-    """Refuses an exchange that is unknown, or heads that n devices cannot share.
+    """Refuses an exchange that is unknown, or that n devices cannot do.
 
     Raises:
         ValueError: it is one of them.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: got {exchange!r}, expected one of {list(EXCHANGES)}")
+    if exchange == "direct" and n > _direct_exchange.MAX_DEVICES:
+        raise ValueError(
+            f"exchange: got 'direct' over {n} devices, expected at most"
+            f" {_direct_exchange.MAX_DEVICES}, of one host"
+        )
     if exchange == "heads" and h_q % n:
         raise ValueError(
             f"exchange: got 'heads' with {h_q} query heads, expected a multiple of the {n} devices"
@@ -34,6 +41,7 @@ def merge_over(
     axis_name: str,
     exchange: Exchange,
     implementation: Implementation,
+    mailboxes: Mailboxes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Merges the partial results of all devices of an axis, inside `jax.shard_map`.
 
@@ -43,16 +51,21 @@ def merge_over(
         axis_name: the mesh axis.
         exchange: as in `context_parallel.mla_decode_context_parallel`.
         implementation: of the merge.
+        mailboxes: of a direct exchange, None to open them here.
 
     Returns:
         out `[b, s_q, h_q, 512]` and lse `[b, s_q, h_q]`, the same bits on all devices.
     """
+    if exchange == "direct":
+        return _direct_exchange.merge_over(
+            outs, lses, mailboxes, axis_name=axis_name, implementation=implementation
+        )
     if exchange == "heads":
         outs, lses = _unpacked(_deal_heads(_packed(outs, lses), axis_name), outs.dtype)
         merged = merge_partials(outs, lses, implementation=implementation)
-        out, lse = (_gather(x, axis_name, 2) for x in merged)
+        out, lse = (_manual_axes.gather(x, axis_name, 2) for x in merged)
         return out, lse
-    gathered = (_gather(x, axis_name, 0) for x in (outs, lses))
+    gathered = (_manual_axes.gather(x, axis_name, 0) for x in (outs, lses))
     return merge_partials(*gathered, implementation=implementation)
 
 
@@ -76,9 +89,3 @@ def _unpacked(packed: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]
 def _deal_heads(partials: jax.Array, axis_name: str) -> jax.Array:
     """Gives away `[k, b, s_q, h_q, words]` for `[n * k, b, s_q, h_q / n, words]` of all devices."""
     return jax.lax.all_to_all(partials, axis_name, split_axis=3, concat_axis=0, tiled=True)
-
-
-def _gather(x: jax.Array, axis_name: str, dimension: int) -> jax.Array:
-    """Gathers shards along a dimension; shard_map's check learns that all devices have the same."""
-    to = "invarying" if jax.typeof(x).manual_axis_type.varying else "varying"
-    return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True, to=to)

@@ -11,7 +11,17 @@ DECODE_TARGET = "jax_flashmla_decode"
 APPEND_TARGET = "jax_flashmla_append"
 GATHER_TARGET = "jax_flashmla_gather"
 MERGE_TARGET = "jax_flashmla_merge"
-TARGETS = SCHEDULE_TARGET, DECODE_TARGET, APPEND_TARGET, GATHER_TARGET, MERGE_TARGET
+ADDRESS_TARGET = "jax_flashmla_address"
+EXCHANGE_TARGET = "jax_flashmla_exchange"
+TARGETS = (
+    SCHEDULE_TARGET,
+    DECODE_TARGET,
+    APPEND_TARGET,
+    GATHER_TARGET,
+    MERGE_TARGET,
+    ADDRESS_TARGET,
+    EXCHANGE_TARGET,
+)
 NO_EXTENSION = "a portable-only installation, built without nvcc, or the source folder itself"
 
 

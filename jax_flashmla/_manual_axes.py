@@ -23,11 +23,14 @@ def align(operands: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def result(
-    operands: Sequence[jax.core.ShapedArray], shape: tuple[int, ...], dtype: DTypeLike
+    operands: Sequence[jax.core.ShapedArray],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    same_over: frozenset[str] = frozenset(),
 ) -> jax.core.ShapedArray:
-    """Describes a result that varies over the axes of the operands."""
-    varying = _varying(operands)
-    if not varying:
+    """Describes a result that varies over the axes of the operands, but for those named."""
+    varying = _varying(operands) - same_over
+    if not _varying(operands):
         return jax.core.ShapedArray(shape, jnp.dtype(dtype))
     return jax.core.ShapedArray(
         shape,
@@ -35,6 +38,12 @@ def result(
         sharding=NamedSharding(operands[0].sharding.mesh, PartitionSpec()),
         manual_axis_type=ManualAxisType(varying=varying),
     )
+
+
+def gather(x: jax.Array, axis_name: str, dimension: int) -> jax.Array:
+    """Gathers shards along a dimension; the check learns that all devices have the same."""
+    to = "invarying" if jax.typeof(x).manual_axis_type.varying else "varying"
+    return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True, to=to)
 
 
 def _varying(avals: Sequence[jax.core.ShapedArray]) -> frozenset[str]:

@@ -80,7 +80,7 @@ def _merge_function(dtype: np.dtype, implementation: Implementation) -> Callable
 
     @jax.custom_batching.custom_vmap
     def call(outs: jax.Array, lses: jax.Array) -> list[jax.Array]:
-        return list(_mesh.spread(local, _dims(lses.ndim - 1), [outs, lses]))
+        return list(_mesh.spread(local, row_dims(lses.ndim - 1), [outs, lses]))
 
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple:
@@ -92,12 +92,12 @@ def _merge_function(dtype: np.dtype, implementation: Implementation) -> Callable
 
 
 @functools.cache
-def _dims(count: int) -> Dims:
-    """Names `count` dimensions of rows, each of which may be sharded."""
+def row_dims(count: int, *more: tuple[str, str]) -> Dims:
+    """Names `count` dimensions of rows, each of which may be sharded; `more` operands may not."""
     names = [f"rows{i}" for i in range(count)]
     rows = " ".join(names)
     return Dims(
-        operands=(("outs", f"partials {rows} columns"), ("lses", f"partials {rows}")),
+        operands=(("outs", f"partials {rows} columns"), ("lses", f"partials {rows}"), *more),
         results=(f"{rows} columns", rows),
         sharded=frozenset(names),
     )

@@ -30,6 +30,8 @@ class Rules:
         kernel: calls the FFI target.
         portable: the same in pure JAX.
         refusal: says why the operands have no kernel, None when they have one.
+        collective: whether any of them communicates. XLA keeps such branches of other platforms, so
+            a program that is lowered for several at once gets the portable one.
     """
 
     operation: str
@@ -37,6 +39,7 @@ class Rules:
     kernel: Callable
     portable: Callable
     refusal: Callable[..., str | None] = lambda *_: None
+    collective: bool = False
 
 
 def define(primitive: Primitive, rules: Rules) -> None:
@@ -44,8 +47,19 @@ def define(primitive: Primitive, rules: Rules) -> None:
     primitive.multiple_results = True
     primitive.def_abstract_eval(rules.results)
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    mlir.register_lowering(primitive, _lowering(rules, "cuda"), platform="cuda")
-    mlir.register_lowering(primitive, _lowering(rules, "another one"))
+    on_cuda, elsewhere = (_lowering(rules, platform) for platform in ("cuda", "another one"))
+    if not rules.collective:
+        mlir.register_lowering(primitive, on_cuda, platform="cuda")
+        mlir.register_lowering(primitive, elsewhere)
+        return
+
+    def for_the_platforms(
+        ctx: mlir.LoweringRuleContext, *operands: object, **static: object
+    ) -> object:
+        cuda_alone = tuple(ctx.module_context.platforms) == ("cuda",)
+        return (on_cuda if cuda_alone else elsewhere)(ctx, *operands, **static)
+
+    mlir.register_lowering(primitive, for_the_platforms)
 
 
 def _lowering(rules: Rules, platform: str) -> Callable:

@@ -6,20 +6,24 @@ the same queries and the same lengths, attend to what they hold, and merge. `_co
 how a causal mask is kept.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_flashmla import _context_decode, _exchange, _shapes
+from jax_flashmla import _context_decode, _direct_exchange, _exchange, _shapes
 from jax_flashmla._api import mla_decode
+from jax_flashmla._direct_exchange import Mailboxes
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla._exchange import Exchange
 from jax_flashmla._page_shares import split_block_table, split_seqlens, split_slots
 from jax_flashmla.schedule import Schedule
 
 __all__ = [
+    "Mailboxes",
+    "get_mailboxes",
     "get_schedules",
     "mla_decode_context_parallel",
     "mla_decode_over_mesh",
@@ -41,6 +45,7 @@ def mla_decode_context_parallel(
     causal: bool = True,
     exchange: Exchange = "gather",
     schedules: Sequence[Schedule] | None = None,
+    mailboxes: Mailboxes | None = None,
     num_sm_parts: int | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -65,9 +70,18 @@ def mla_decode_context_parallel(
             result, in one round. "heads": an all-to-all gives each device all partials of its h_q /
             n heads, and the merged heads are gathered: 1/n of the merging and about 2 / n of the
             traffic, in two rounds. n must divide h_q. On 2 and 4 H200s "gather" is nearly always
-            the faster one.
+            the faster one of these two. "direct": devices write into each other's memory, over
+            NVLink, in the kernel that merges. The fastest, for up to 16 GPUs of one process and
+            65,536 partial rows (b * s_q * h_q, twice that of a causal step with several queries);
+            beyond that, where there is no kernel, and in exports with an open batch or for several
+            platforms at once, it is "gather". A GPU that does not come to it within a minute, or
+            that another one cannot reach, makes the results NaN. Two of a program may not run side
+            by side, as XLA's command buffers do in scheduling mode CONCURRENT, unless one's result
+            goes into the other.
         schedules: result of `get_schedules` for these tables and lengths, to share it between
             layers. None schedules here.
+        mailboxes: result of `get_mailboxes`, for exchange="direct", to share it between layers.
+            None opens them here.
         num_sm_parts: as in `mla_decode`.
         implementation: as in `mla_decode`, for decode and merge.
 
@@ -100,7 +114,12 @@ def mla_decode_context_parallel(
     given = _checked_schedules(schedules, len(found))
     outs, lses = _context_decode.partials(*arrays[:3], found, given, options)
     return _exchange.merge_over(
-        outs, lses, axis_name=axis_name, exchange=exchange, implementation=implementation
+        outs,
+        lses,
+        axis_name=axis_name,
+        exchange=exchange,
+        implementation=implementation,
+        mailboxes=mailboxes,
     )
 
 
@@ -145,6 +164,36 @@ def get_schedules(
     masked = _shapes.check_flag("causal", causal)
     found = _context_decode.pieces(table, lengths, s_q, axis_name=axis_name, causal=masked)
     return _context_decode.schedules(found, *counts, num_sm_parts)
+
+
+def get_mailboxes(
+    *, axis_name: str, b: int, s_q: int, h_q: int, implementation: Implementation = None
+) -> Mailboxes:
+    """Opens what `mla_decode_context_parallel` with exchange="direct" needs, inside a shard_map.
+
+    Layers that stand one after the other in a program share it by themselves, through XLA. For a
+    loop over layers call this before the loop; its result is the same for all batches up to b.
+
+    Args:
+        axis_name: the mesh axis.
+        b: requests.
+        s_q: query tokens per request.
+        h_q: query heads of this device.
+        implementation: as in the decode.
+
+    Returns:
+        Mailboxes, the same on all devices of the axis. They live as long as the process, in memory
+        outside of JAX's: 2.8 KB for each partial row and GPU of the host, rows rounded up to a
+        power of two.
+
+    Raises:
+        ValueError: a count is wrong; the axis is unknown.
+        RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
+    """
+    _manual_axis_size(axis_name)
+    counts = [_shapes.check_count(*x) for x in (("b", b), ("s_q", s_q), ("h_q", h_q))]
+    rows = math.prod(counts) * (1 if s_q == 1 else _context_decode.MOST_PIECES)
+    return _direct_exchange.get_mailboxes(rows, axis_name=axis_name, implementation=implementation)
 
 
 def mla_decode_over_mesh(

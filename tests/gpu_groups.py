@@ -107,6 +107,7 @@ GROUPS = (
     Group("handler", 120, tests=("tests/gpu/test_gpu_handler.py",)),
     Group("cache", 120, tests=("tests/gpu/test_gpu_cache.py",)),
     Group("merge", 120, tests=("tests/gpu/test_gpu_merge.py",)),
+    Group("exchange", 120, tests=("tests/gpu/test_gpu_exchange.py",)),
     Group("layer", 150, tests=("tests/gpu/test_gpu_layer.py",)),
     Group("runner-delays", 60, commands=tuple(("{checked_runner}", *words) for words in DELAYS)),
     *(_sanitized_runner(tool) for tool in TOOLS),

@@ -82,7 +82,14 @@ def test_float32_is_the_result_of_one_device(s_q: int, n: int) -> None:
 
 @pytest.mark.parametrize(
     ("s_q", "n", "exchange"),
-    [(1, 2, "gather"), (1, 8, "gather"), (4, 4, "gather"), (8, 8, "gather"), (4, 4, "heads")],
+    [
+        (1, 2, "gather"),
+        (1, 8, "gather"),
+        (4, 4, "gather"),
+        (8, 8, "gather"),
+        (4, 4, "heads"),
+        (4, 4, "direct"),
+    ],
 )
 def test_bfloat16_is_as_good_as_an_ideal_kernel(s_q: int, n: int, exchange: str) -> None:
     out, lse = over_mesh(batch(s_q, "bfloat16"), mesh_of(context=n), exchange=exchange)
@@ -91,9 +98,11 @@ def test_bfloat16_is_as_good_as_an_ideal_kernel(s_q: int, n: int, exchange: str)
     assert not verdict.faults, verdict.faults
 
 
+@pytest.mark.parametrize("axis_type", KINDS)
+@pytest.mark.parametrize("exchange", ["direct", "heads"])
 @pytest.mark.parametrize("n", [2, 4])
-def test_the_heads_exchange_gives_the_same_result(n: int) -> None:
-    assert_near(over_mesh(batch(4), mesh_of(context=n), exchange="heads"), truth(4))
+def test_every_exchange_gives_the_same_result(n: int, exchange: str, axis_type: AxisType) -> None:
+    assert_near(over_mesh(batch(4), mesh_of(axis_type, context=n), exchange=exchange), truth(4))
 
 
 def test_without_a_mask_all_queries_see_all_keys() -> None:
@@ -144,7 +153,8 @@ def test_lengths_beyond_the_tables_are_the_tables() -> None:
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(
-    ("axis_type", "exchange"), [(AxisType.Auto, "gather"), (AxisType.Explicit, "heads")]
+    ("axis_type", "exchange"),
+    [(AxisType.Auto, "gather"), (AxisType.Auto, "direct"), (AxisType.Explicit, "heads")],
 )
 def test_inside_the_shard_map_of_a_user(
     axis_type: AxisType, check_vma: bool, exchange: str
@@ -221,7 +231,7 @@ def over_mesh_of_context(*operands: jax.Array) -> Decoded:
     )
 
 
-@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize("exchange", ["direct", "gather", "heads"])
 def test_nothing_but_partials_travels(exchange: str) -> None:
     mesh = mesh_of(context=4)
     specs = P(), P(), P("context"), P("context"), P()
@@ -238,7 +248,11 @@ def test_nothing_but_partials_travels(exchange: str) -> None:
     )
     text = jax.jit(call).lower(*operands).compile().as_text()
     kinds = re.findall(r" (all-[a-z-]+?|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text)
-    expected = {"gather": ["all-gather"] * 2, "heads": ["all-gather"] * 2 + ["all-to-all"]}
+    expected = {
+        "direct": ["all-gather"] * 2,  # the portable lowering is that of "gather"
+        "gather": ["all-gather"] * 2,
+        "heads": ["all-gather"] * 2 + ["all-to-all"],
+    }
     assert sorted(kinds) == expected[exchange]
 
 
@@ -276,7 +290,7 @@ REFUSED = {
     "block_tables: got shape [3, 2], expected [4, b, max": {"block_tables": (3, 2)},
     "block_table: got shape [4, 2], expected [3, max": {"block_tables": (4, 4, 2)},
     "cache_seqlens: got shape [4], expected [3]": {"cache_seqlens": (4,)},
-    "exchange: got 'ring', expected one of ['gather', 'heads']": {"exchange": "ring"},
+    "exchange: got 'ring', expected one of ['direct', 'gather', 'heads']": {"exchange": "ring"},
     "exchange: got 'heads' with 6 query heads, expected a multiple of the 4": {"exchange": "heads"},
 }
 

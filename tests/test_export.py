@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import context_pools
+import exported_exchange
 import exported_step
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,12 @@ STABLE_TARGETS = {
     "jax_flashmla_append",
     "jax_flashmla_gather",
     "jax_flashmla_merge",
+}
+STABLE_TARGETS_OF_EXCHANGE = {
+    "jax_flashmla_schedule",
+    "jax_flashmla_decode",
+    "jax_flashmla_address",
+    "jax_flashmla_exchange",
 }
 
 decode = functools.partial(jax_flashmla.mla_decode, softmax_scale=SCALE, num_sm_parts=5)
@@ -146,7 +153,7 @@ def test_a_batch_without_bound_goes_to_cuda() -> None:
 
 
 def test_targets_are_those_of_exported_programs() -> None:
-    assert set(exporting.TARGETS) == STABLE_TARGETS
+    assert set(exporting.TARGETS) == STABLE_TARGETS | STABLE_TARGETS_OF_EXCHANGE
 
 
 def mesh_of(axis_type: AxisType) -> jax.sharding.Mesh:
@@ -226,6 +233,24 @@ def test_the_kept_program_still_runs() -> None:
     for batch in (1, 4):
         arguments = exported_step.arguments(batch)
         assert_near(kept.call(*arguments), jax.jit(exported_step.step)(*arguments))
+
+
+def test_the_kept_program_of_two_gpus_is_what_would_be_exported_today() -> None:
+    kept = export.deserialize(exported_exchange.PATH.read_bytes())
+    today = exported_exchange.exported(jax.local_devices(backend="cpu"))
+    assert (kept.platforms, kept.nr_devices) == (exported_exchange.PLATFORMS, 2)
+    assert targets(kept) == STABLE_TARGETS_OF_EXCHANGE
+    assert signatures(kept) == signatures(today)
+
+
+def test_for_several_platforms_the_direct_exchange_is_a_gather() -> None:
+    mesh = mesh_of(AxisType.Explicit)
+    function, specs, arrays = over_pages(mesh)
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+    direct = functools.partial(function, exchange="direct")
+    exported = round_trip(direct, *placed)
+    assert targets(exported) == {f"jax_flashmla_{x}" for x in ("schedule", "decode", "merge")}
+    assert_same(jax.jit(exported.call)(*placed), jax.jit(function)(*placed))
 
 
 def test_the_kept_program_is_what_would_be_exported_today() -> None:

@@ -54,6 +54,8 @@ std::string dtype_name(ffi::DataType dtype) {
       return "bfloat16";
     case ffi::DataType::F16:
       return "float16";
+    case ffi::DataType::U32:
+      return "uint32";
     case ffi::DataType::F32:
       return "float32";
     case ffi::DataType::S32:

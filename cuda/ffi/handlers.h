@@ -1,4 +1,5 @@
-// The XLA FFI handlers. They read shapes from the buffers, keep no state, and only return errors.
+// The XLA FFI handlers. They read shapes from the buffers and only return errors. No state is
+// kept but the mailboxes of the exchange.
 #pragma once
 
 #include "xla/ffi/api/ffi.h"
@@ -9,3 +10,5 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_decode_handler);    // execute stage
 XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_append_handler);    // execute stage
 XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_gather_handler);    // execute stage
 XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_merge_handler);     // execute stage
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_address_handler);   // execute stage
+XLA_FFI_DECLARE_HANDLER_SYMBOL(flashmla_exchange_handler);  // execute stage

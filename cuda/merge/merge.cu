@@ -1,13 +1,12 @@
-// Merges n partial results: out = Σ w_k O_k / Σ w_k, w_k = exp(lse_k - max lse), in float32.
+// Merges n partial results; sum.cuh has the arithmetic.
 //
 // A thread owns eight columns of a row and walks the partials, four at a time: their values are
 // requested before their weights are known. With many partials a team of warps divides them and
 // adds up through shared memory. The order depends on shapes only, and so do the bits.
-#include <cmath>
-
 #include "../message.h"
 #include "../vector.cuh"
 #include "launch.h"
+#include "sum.cuh"
 
 namespace flashmla::merge {
 namespace {
@@ -16,46 +15,20 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBatch = 4;
 constexpr int kBlocksPerSm = 4;  // 1024 threads with 64 registers: 128 KB of float32 in flight
-constexpr float kNegativeInfinity = -INFINITY;
 
 // Warps that share a vector, at most two batches for each up to 64 partials.
 int team_size(int partials) {
   return partials > 4 * kBatch ? 8 : partials > 2 * kBatch ? 4 : partials > kBatch ? 2 : 1;
 }
 
-// The weighted sum of some partials of eight columns.
-struct Sum {
-  float values[kVectorColumns] = {};
-  float max_lse = kNegativeInfinity;
-  float weight = 0.f;  // Σ exp(lse - max_lse)
-
-  // Raises the reference to `lse`; what is there shrinks accordingly.
-  __device__ __forceinline__ void raise(float lse) {
-    if (lse <= max_lse) return;
-    const float factor = __expf(max_lse - lse);
-    weight *= factor;
-#pragma unroll
-    for (float& value : values) value *= factor;
-    max_lse = lse;
-  }
-
-  // exp(lse - max_lse); 0 for empty partials, also while all were empty.
-  __device__ __forceinline__ float weight_of(float lse) const {
-    return lse == kNegativeInfinity ? 0.f : __expf(lse - max_lse);
-  }
-
-  __device__ __forceinline__ void add(float factor, const float (&other)[kVectorColumns]) {
-#pragma unroll
-    for (int i = 0; i < kVectorColumns; ++i) values[i] += factor * other[i];
-  }
-};
+using VectorSum = Sum<kVectorColumns>;
 
 // Partials [begin, end) of the eight columns at `outs`, of the row at `lses`.
 template <class In>
-__device__ __forceinline__ Sum sum_partials(const MergeParams& p, const In* outs, const float* lses,
-                                            int begin, int end) {
+__device__ __forceinline__ VectorSum sum_partials(const MergeParams& p, const In* outs,
+                                                  const float* lses, int begin, int end) {
   const long long stride = static_cast<long long>(p.rows) * p.head_dim;
-  Sum sum;
+  VectorSum sum;
   for (int base = begin; base < end; base += kBatch) {
     Vector<In> read[kBatch];
     float lse[kBatch];
@@ -93,14 +66,14 @@ struct TeamSums {
   float max_lse[kThreads];
   float weight[kThreads];
 
-  __device__ __forceinline__ void put(int thread, const Sum& sum) {
+  __device__ __forceinline__ void put(int thread, const VectorSum& sum) {
 #pragma unroll
     for (int i = 0; i < kVectorColumns; ++i) values[i][thread] = sum.values[i];
     max_lse[thread] = sum.max_lse;
     weight[thread] = sum.weight;
   }
 
-  __device__ __forceinline__ void merge_into(Sum& sum, int thread) const {
+  __device__ __forceinline__ void merge_into(VectorSum& sum, int thread) const {
     sum.raise(max_lse[thread]);
     const float factor = sum.weight_of(max_lse[thread]);
     sum.weight += factor * weight[thread];
@@ -110,15 +83,11 @@ struct TeamSums {
 };
 
 template <class Out>
-__device__ __forceinline__ void store(const MergeParams& p, int row, int column, const Sum& sum) {
-  const bool empty = sum.weight == 0.f;  // NaN is not empty
-  const float factor = empty ? 0.f : 1.f / sum.weight;
-  float scaled[kVectorColumns];
-#pragma unroll
-  for (int i = 0; i < kVectorColumns; ++i) scaled[i] = sum.values[i] * factor;
+__device__ __forceinline__ void store(const MergeParams& p, int row, int column, VectorSum& sum) {
+  const float lse = sum.finish();
   Out* const out = static_cast<Out*>(p.out) + static_cast<long long>(row) * p.head_dim + column;
-  Vector<Out>::pack(scaled).store(out);
-  if (column == 0) p.lse[row] = empty ? kNegativeInfinity : sum.max_lse + logf(sum.weight);
+  Vector<Out>::pack(sum.values).store(out);
+  if (column == 0) p.lse[row] = lse;
 }
 
 template <class In, class Out>
@@ -138,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) merge_kernel(MergePara
       static_cast<const In*>(p.outs) + static_cast<long long>(row) * p.head_dim + column;
   const int begin = static_cast<int>(static_cast<long long>(p.partials) * member / team);
   const int end = static_cast<int>(static_cast<long long>(p.partials) * (member + 1) / team);
-  Sum sum = sum_partials(p, outs, p.lses + row, begin, end);
+  VectorSum sum = sum_partials(p, outs, p.lses + row, begin, end);
   if (team > 1) {
     team_sums.put(thread, sum);
     __syncthreads();

@@ -4,8 +4,9 @@ import sys
 
 import jax
 import numpy as np
+from jax import P
 
-from jax_flashmla import cache, merge_partials
+from jax_flashmla import _exchange, cache, merge_partials
 from jax_flashmla.testing import cache_oracle
 from jax_flashmla.testing.cache_oracle import bits, random_bits
 
@@ -65,8 +66,33 @@ def merge_faults() -> int:
     return faults
 
 
+def exchange_faults() -> int:
+    """Elements that are too far off, of three exchanges with no other device than this one."""
+    rng = np.random.default_rng(3)
+    outs = rng.standard_normal((3, 19, 512)).astype(np.float16)
+    lses = rng.standard_normal((3, 19)).astype(np.float32)
+    outs[0, 0], lses[0, 0] = np.nan, -np.inf
+    options = {"axis_name": "devices", "exchange": "direct", "implementation": "cuda"}
+
+    def three(outs: jax.Array, lses: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        return [_exchange.merge_over(outs, lses - i, **options) for i in range(3)]
+
+    mesh = jax.make_mesh((1,), ("devices",))
+    merged = jax.jit(jax.shard_map(three, mesh=mesh, in_specs=P(), out_specs=P()))(outs, lses)
+    faults = 0
+    for i, pair in enumerate(merged):
+        expected = cache_oracle.merge(outs, lses - np.float32(i), "float16")
+        faults += sum(e.faults(np.asarray(x)) for e, x in zip(expected, pair, strict=True))
+    return faults
+
+
 def main() -> int:
-    found = {"append": append_faults(), "gather": gather_faults(), "merge": merge_faults()}
+    found = {
+        "append": append_faults(),
+        "gather": gather_faults(),
+        "merge": merge_faults(),
+        "exchange": exchange_faults(),
+    }
     for name, faults in found.items():
         print(name, f"{faults} wrong elements" if faults else "ok")
     return any(found.values())
