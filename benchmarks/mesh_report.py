@@ -53,7 +53,7 @@ def lines(result: dict) -> list[goals.Line]:
             if row["way"] == "context":
                 least = CONTEXT_LEAST.get((row["row"], n))
                 if least:
-                    name = min(WHOLE, key=lambda x: us[f"{x} on {n}"])
+                    name = min(_whole(us, n), key=lambda x: us[f"{x} on {n}"])
                     gain = _alone(us) / us[f"{name} on {n}"]
                     found.append(goals.Line(f"{where}: speed-up", gain, least, where=name))
             else:
@@ -103,9 +103,9 @@ def _draw_parts(axes: object, rows: Sequence[dict]) -> None:
         )
         for n in _counts(row):
             attention = us[f"attention on {n}"]
-            for name, color in zip(WHOLE, _COLORS, strict=True):
+            for name in _whole(us, n):
                 added = max(0.0, us[f"{name} on {n}"] - attention)
-                bars.append((f"{n} GPUs", attention, added, color))
+                bars.append((f"{n} GPUs", attention, added, _COLORS[WHOLE.index(name)]))
     places = range(len(bars))
     attentions = [bar[1] for bar in bars]
     axes.bar(places, attentions, color="tab:blue", label="attention alone")
@@ -178,13 +178,18 @@ def _context(row: dict) -> Iterator[tuple[str, ...]]:
             *time_and_gain(f"attention on {n}"),
             *nothing,
         )
-        for exchange in EXCHANGES:
+        for exchange in (x for x in EXCHANGES if x in _whole(us, n)):
             cells = [*time_and_gain(f"{exchange} on {n}")]
             cells += time_and_gain(f"{exchange}, captured on {n}")
             names = f"{exchange}, in a scan", f"merge, {exchange}", f"merge, {exchange}, captured"
             found = [us.get(f"{name} on {n}") for name in names]
             cells += [f"{x:.1f}" if x else "-" for x in found]
             yield (*shape, str(n), exchange, *cells)
+
+
+def _whole(us: dict[str, float], n: int) -> list[str]:
+    """The ways to exchange that were measured: results of before 2026-11-29 lack one."""
+    return [x for x in WHOLE if f"{x} on {n}" in us]
 
 
 def _reference(row: dict, us: dict[str, float], n: int) -> float:

@@ -74,10 +74,11 @@ def mla_decode_context_parallel(
             NVLink, in the kernel that merges. The fastest, for up to 16 GPUs of one process and
             65,536 partial rows (b * s_q * h_q, twice that of a causal step with several queries);
             beyond that, where there is no kernel, and in exports with an open batch or for several
-            platforms at once, it is "gather". A GPU that does not come to it within a minute, or
-            that another one cannot reach, makes the results NaN. Two of a program may not run side
-            by side, as XLA's command buffers do in scheduling mode CONCURRENT, unless one's result
-            goes into the other.
+            platforms at once, it is "gather". All GPUs of the axis have to make the same calls,
+            as for a collective: one that does not come to it within a minute (or the seconds in the
+            environment's JAX_FLASHMLA_EXCHANGE_PATIENCE), or that another one cannot reach, makes
+            the results NaN. Two of a program may not run side by side, as XLA's command buffers do
+            in scheduling mode CONCURRENT, unless one's result goes into the other.
         schedules: result of `get_schedules` for these tables and lengths, to share it between
             layers. None schedules here.
         mailboxes: result of `get_mailboxes`, for exchange="direct", to share it between layers.

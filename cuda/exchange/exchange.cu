@@ -7,17 +7,18 @@
 //   4 count   the last block counts the exchange
 //
 // All devices merge all rows, each for itself, in the same order: the same bits. Or, with more
-// devices and rows, where that would be too many bytes, in two rounds: row r is merged by device r
-// % n alone, which writes the result to the others.
+// devices and rows, where that would be too many bytes, in two rounds: row r is merged by device
+// r % n alone, which writes the result to the others.
 //
 // The numbers of two devices' exchanges with each other are the same on both, because both run the
 // same programs; they need no reset. Slots are used by turns, even and odd: a device writes number
 // N + 2 when its N + 1 is over, for which the other one wrote after the end of its own N.
 //
-// A row is awaited by those who have written theirs, and all blocks of a grid run at once:
-// kMaxBlocks. A device that does not come within a minute, or that another one cannot reach, leaves
-// NaN in the results and nobody waiting.
+// A row is awaited by those who have written theirs, and all blocks of a grid run at once: at most
+// kMaxBlocks. A device that does not come in time, or that another one cannot reach, leaves
+// NaN in the results of this exchange and the program's later ones, and nobody waiting.
 #include <algorithm>
+#include <cstdlib>
 
 #include "../merge/sum.cuh"
 #include "../message.h"
@@ -32,7 +33,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBatch = 4;  // rows that a warp awaits together
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr uint64_t kPatience = 60'000'000'000;  // ns
 
 // A second round takes 2.5 us, in which NVLink carries so many rows.
 constexpr int64_t kRowsOfARound = 800;
@@ -48,6 +48,9 @@ struct Meeting {
   Address addresses[kMaxDevices];
   uint32_t numbers[kMaxDevices];  // of this exchange, with each of them
   int me;
+  bool possible;  // all devices come to the same answer: they read the same addresses
+  bool late;      // a device was, earlier in this program
+  uint64_t deadline;
 
   // Slots of the rows that `writer` gives to `owner`, both by their place among the addresses.
   __device__ __forceinline__ uint4* slots(int owner, int writer, int host_devices) const {
@@ -59,14 +62,14 @@ struct Meeting {
   }
 };
 
-// Fills the meeting in. Returns whether the exchange is possible; all devices read the same
-// addresses and come to the same answer.
-__device__ __forceinline__ bool meet(Meeting& meeting, const ExchangeParams& p,
+__device__ __forceinline__ void meet(Meeting& meeting, const ExchangeParams& p,
                                      const Mailbox* mailbox) {
   const int thread = static_cast<int>(threadIdx.x);
   const bool in_group = thread < p.devices;
   Address address;
   uint32_t exchanges = 0;
+  uint32_t late = 0;
+  if (thread == 0) late = mailbox->late;
   if (thread < kMaxDevices) exchanges = mailbox->exchanges[thread];
   if (in_group) {
     address = reinterpret_cast<const Address*>(p.addresses)[thread];
@@ -87,7 +90,13 @@ __device__ __forceinline__ bool meet(Meeting& meeting, const ExchangeParams& p,
            (address.reachable & group) == group &&
            address.capacity >= static_cast<uint32_t>(p.partials * p.rows);
   }
-  return __syncthreads_and(present && fits) != 0;
+  const bool possible = __syncthreads_and(present && fits) != 0;
+  if (thread == 0) {
+    meeting.possible = possible;
+    meeting.late = late != 0;
+    meeting.deadline = now() + p.patience_ns;
+  }
+  __syncthreads();
 }
 
 // One warp's part in the exchange of a row.
@@ -118,7 +127,8 @@ class Row {
     }
   }
 
-  __device__ __forceinline__ void merge() const {
+  // Returns whether all partials came in time.
+  __device__ __forceinline__ bool merge() const {
     merge::Sum<kLaneColumns> sum;
     const int count = p_.devices * p_.partials;
     bool complete = true;
@@ -140,14 +150,17 @@ class Row {
     if (!complete) fail(merged);
     store(merged);
     if (p_.two_rounds) write_to_all(merged, 0);
+    return complete;
   }
 
-  // What another device merged.
-  __device__ __forceinline__ void receive() const {
+  // What another device merged. Returns whether it came in time.
+  __device__ __forceinline__ bool receive() const {
     RowShare merged;
     const auto read_merged = [&] { return read_from(merged, merger_, 0); };
-    if (!await(read_merged(), read_merged)) fail(merged);
+    const bool come = await(read_merged(), read_merged);
+    if (!come) fail(merged);
     store(merged);
+    return come;
   }
 
   __device__ __forceinline__ void give_up() const {
@@ -194,9 +207,8 @@ class Row {
   template <class Read>
   __device__ __forceinline__ bool await(bool come, const Read& read_again) const {
     if (__all_sync(kWholeWarp, come)) return true;
-    const uint64_t begin = now();
     while (!__all_sync(kWholeWarp, read_again())) {
-      if (__any_sync(kWholeWarp, now() - begin > kPatience)) return false;
+      if (__any_sync(kWholeWarp, now() > meeting_.deadline)) return false;
     }
     return true;
   }
@@ -244,25 +256,26 @@ __global__ void __launch_bounds__(kThreads)
   };
 
   // 1 meet
-  if (!meet(meeting, p, mailbox)) {
-    for_rows([](const Row<T>& row) { row.give_up(); });
-    return;
-  }
+  meet(meeting, p, mailbox);
+  if (meeting.possible && !meeting.late) {
+    // 2 write
+    for_rows([](const Row<T>& row) { row.write_partials(); });
 
-  // 2 write
-  for_rows([](const Row<T>& row) { row.write_partials(); });
-
-  // 3 merge
-  for_rows([](const Row<T>& row) {
-    if (row.mine()) row.merge();
-  });
-  if (p.two_rounds) {
-    for_rows([](const Row<T>& row) {
-      if (!row.mine()) row.receive();
+    // 3 merge
+    for_rows([&](const Row<T>& row) {
+      if (row.mine() && !row.merge()) mailbox->late = 1;
     });
+    if (p.two_rounds) {
+      for_rows([&](const Row<T>& row) {
+        if (!row.mine() && !row.receive()) mailbox->late = 1;
+      });
+    }
+  } else {
+    for_rows([](const Row<T>& row) { row.give_up(); });
   }
 
   // 4 count
+  if (!meeting.possible) return;
   __shared__ bool last;
   __syncthreads();
   if (thread == 0) last = atomicInc(&mailbox->blocks_done, gridDim.x - 1) == gridDim.x - 1;
@@ -294,6 +307,15 @@ bool takes_two_rounds(int partials, int rows, int devices) {
   const int64_t one = others * partials * rows;
   const int64_t two = others * (partials + 1) * rows / devices;
   return one - two > kRowsOfARound;
+}
+
+uint64_t patience_ns() {
+  static const uint64_t patience = [] {
+    const char* const text = std::getenv("JAX_FLASHMLA_EXCHANGE_PATIENCE");
+    const double seconds = text != nullptr ? std::atof(text) : 0;
+    return static_cast<uint64_t>((seconds > 0 ? std::min(seconds, 1e6) : 60) * 1e9);
+  }();
+  return patience;
 }
 
 const char* launch_exchange(const ExchangeParams& params, cudaStream_t stream) {

@@ -18,6 +18,9 @@ const char* launch_address(uint32_t* address, int rows, cudaStream_t stream);
 // Whether an exchange in two rounds is faster: it has fewer bytes to write.
 bool takes_two_rounds(int partials, int rows, int devices);
 
+// 60 s, or the seconds in the environment's JAX_FLASHMLA_EXCHANGE_PATIENCE.
+uint64_t patience_ns();
+
 // Always the same launches for the same shapes: graph-safe. All devices of the group have to launch
 // it, in the same order as their other exchanges.
 const char* launch_exchange(const ExchangeParams& params, cudaStream_t stream);

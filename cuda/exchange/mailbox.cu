@@ -92,7 +92,11 @@ cudaError_t open(int device, int devices, int rows, cudaStream_t stream, Address
   return error;
 }
 
-__global__ void address_kernel(Address address, Address* target) { *target = address; }
+// A program begins.
+__global__ void address_kernel(Address address, Address* target) {
+  address.mailbox->late = 0;
+  *target = address;
+}
 
 const char* current_device(int& device, int& devices) {
   cudaError_t error = cudaGetDevice(&device);

@@ -22,6 +22,7 @@ inline constexpr int kChunkBytes = 16;
 struct Mailbox {
   uint32_t exchanges[kMaxDevices];  // done so far with each device
   uint32_t blocks_done;             // of the exchange that runs
+  uint32_t late;                    // whether a device was, in this program: no more waiting
 };
 
 // What a device tells the others. It travels as eight words of 32 bits.

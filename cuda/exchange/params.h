@@ -15,7 +15,8 @@ struct ExchangeParams {
   int partials;
   int rows;
   int devices;
-  bool two_rounds;  // each row is merged by one device, which tells the others
+  bool two_rounds;       // each row is merged by one device, which tells the others
+  uint64_t patience_ns;  // for which a device that is late is awaited
 };
 
 }  // namespace flashmla::exchange

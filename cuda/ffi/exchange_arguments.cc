@@ -53,6 +53,7 @@ ffi::ErrorOr<ExchangeParams> exchange_params(const ExchangeBuffers& buffers) {
       .rows = static_cast<int>(rows),
       .devices = static_cast<int>(devices),
       .two_rounds = false,
+      .patience_ns = 0,
   };
 }
 

@@ -12,6 +12,7 @@ static ffi::Error exchange_partials(cudaStream_t stream, ffi::AnyBuffer outs, ff
       {.outs = outs, .lses = lses, .addresses = addresses, .out = *out, .lse = *lse});
   if (params.has_error()) return params.error();
   params->two_rounds = exchange::takes_two_rounds(params->partials, params->rows, params->devices);
+  params->patience_ns = exchange::patience_ns();
   return launch_error(exchange::launch_exchange(*params, stream));
 }
 

@@ -5,7 +5,11 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +109,18 @@ def test_an_impossible_exchange_is_nan_and_the_next_one_right(
     for got, expected in zip(right(outs, lses), before, strict=True):
         np.testing.assert_array_equal(bits(got), bits(expected))
         assert np.isfinite(np.asarray(got, np.float32)).all()
+
+
+@pytest.mark.skipif(N < 2, reason="needs two GPUs")
+def test_a_gpu_that_does_not_come_is_awaited_once(rehearsal: bool) -> None:
+    if rehearsal:
+        pytest.skip("the portable lowering has no mailboxes")
+    script = Path(__file__).parent / "late_exchange.py"
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-P", script],
+        env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    waited = float(done.stdout.split()[1])
+    assert 1 <= waited < 2
