@@ -16,9 +16,9 @@
 namespace flashmla::exchange {
 namespace {
 
+// Locked for each device alone: allocating may wait for work that awaits another device.
 struct Held {
-  std::mutex
-      mutex;  // of this device alone: allocating may wait for work that awaits another device
+  std::mutex mutex;
   Address address = {};
 };
 

@@ -22,7 +22,7 @@ inline constexpr int kChunkBytes = 16;
 struct Mailbox {
   uint32_t exchanges[kMaxDevices];  // done so far with each device
   uint32_t blocks_done;             // of the exchange that runs
-  uint32_t late;                    // whether a device was, in this program: no more waiting
+  uint32_t late;  // a device was, since the address was asked for: no more waiting
 };
 
 // What a device tells the others. It travels as eight words of 32 bits.

@@ -16,8 +16,7 @@
 
 namespace flashmla::exchange {
 
-inline constexpr int kLaneChunks =
-    (kRowChunks + 31) / 32;  // lane l of a warp has l, l + 32, l + 64
+inline constexpr int kLaneChunks = (kRowChunks + 31) / 32;  // lane l has l, l + 32, l + 64
 inline constexpr int kLaneColumns = kLaneChunks * kChunkWords * 2;
 inline constexpr int kLseChunk = kRowWords / kChunkWords;  // the word behind the columns: word 256
 inline constexpr int kLseWord = kRowWords % kChunkWords;
