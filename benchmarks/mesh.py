@@ -1,4 +1,4 @@
-"""Decode over 1, 2 and 4 GPUs of one host: is it what one GPU computes, and how much faster?
+"""Decode over several GPUs of one host: is it what one GPU computes, and how much faster?
 
     python benchmarks/mesh.py --devices 1,2,4      # results/h200-mesh.json
     python benchmarks/mesh.py --processes 4        # one process per GPU: the same results?

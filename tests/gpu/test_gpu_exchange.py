@@ -99,6 +99,8 @@ def test_an_impossible_exchange_is_nan_and_the_next_one_right(
 ) -> None:
     if rehearsal:
         pytest.skip("the portable lowering has no mailboxes")
+    if why == "another process" and N == 1:
+        pytest.skip("no other GPU whose process could be another")
     word, value = WRONG[why]
     outs, lses = np.ones((N, 1, 40, 512), jnp.bfloat16), np.zeros((N, 1, 40), np.float32)
     right = exchange(implementation)
