@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import context_pools
+import exchange_partials
 import jax
 import jax.numpy as jnp
 import measure
@@ -22,7 +23,7 @@ from jax import P
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jax_flashmla import _exchange, context_parallel
-from jax_flashmla.testing import cache_oracle, cases, checking, inputs
+from jax_flashmla.testing import cases, checking, inputs
 
 SIZES = mesh_calls.Sizes(batch=8, heads=64, pages=16, rows=16, dtype="bfloat16")
 CONTEXT = cases.Shape(6, 2, 64, pages=9, pool_pages=64, softmax_scale=mesh_calls.SCALE)
@@ -211,28 +212,21 @@ def _differing(got: Arrays) -> list[str]:
 
 def _direct(devices: Sequence[jax.Device]) -> Iterator[Check]:
     """The direct exchange of random partials: one round and two, one row and more than warps."""
-    if any(device.platform != "gpu" for device in devices):
-        return
-    n = len(devices)
+    n, on_gpu = len(devices), devices[0].platform == "gpu"
     mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Explicit,), devices=devices)
-    rng = np.random.default_rng(n)
+    over = NamedSharding(mesh, P("context"))
+    function = functools.partial(_exchanged, mesh=mesh, implementation="cuda" if on_gpu else None)
     for k, rows in ((1, 1), (1, 70), (2, 33), (3, 1100), (2, 2048), (1, 5000)):
         for dtype in ("bfloat16", "float16"):
-            outs = rng.standard_normal((n, k, rows, 512)).astype(np.float32)
-            lses = (3 * rng.standard_normal((n, k, rows))).astype(np.float32)
-            hollow = rng.uniform(size=lses.shape) < 0.3  # a share is empty, and one row wholly
-            hollow[..., -1] = True
-            outs[hollow], lses[hollow] = np.nan, -np.inf
-            operands = [
-                jax.device_put(x, NamedSharding(mesh, P("context")))
-                for x in (outs.astype(jnp.dtype(dtype)), lses)
-            ]
-            function = functools.partial(_exchanged, mesh=mesh)
-            faults = functools.partial(_merge_faults, *map(np.asarray, operands), dtype)
+            partials = exchange_partials.draw(n, k, rows, dtype)
+            operands = [jax.device_put(x, over) for x in partials]
+            faults = functools.partial(_exchange_faults, *partials)
             yield Check("exchange, direct", "Explicit", function, operands, faults)
 
 
-def _exchanged(outs: jax.Array, lses: jax.Array, *, mesh: Mesh) -> Arrays:
+def _exchanged(
+    outs: jax.Array, lses: jax.Array, *, mesh: Mesh, implementation: str | None
+) -> Arrays:
     """Eight exchanges, each with lses of its own, so that a slot that was not renewed shows."""
 
     def local(outs: jax.Array, lses: jax.Array) -> Arrays:
@@ -241,7 +235,7 @@ def _exchanged(outs: jax.Array, lses: jax.Array, *, mesh: Mesh) -> Arrays:
                 *(outs[0], lses[0] + i),
                 axis_name="context",
                 exchange="direct",
-                implementation="cuda",
+                implementation=implementation,
             )
             for i in range(8)
         ]
@@ -252,20 +246,13 @@ def _exchanged(outs: jax.Array, lses: jax.Array, *, mesh: Mesh) -> Arrays:
     return mapped(outs, lses)
 
 
-def _merge_faults(outs: np.ndarray, lses: np.ndarray, dtype: str, got: Arrays) -> list[str]:
+def _exchange_faults(outs: np.ndarray, lses: np.ndarray, got: Arrays) -> list[str]:
     """Every repetition is held against float64, every device against the first."""
     found = _differing(got)
-    for i in range(len(got[0])):
-        exact = cache_oracle.merge(_flat(outs), _flat(lses) + np.float32(i), dtype)
-        for name, result, truth in zip(("out", "lse"), got, exact, strict=True):
-            if wrong := truth.faults(np.asarray(result[i])):
-                found.append(f"{name}: {wrong} wrong in exchange {i}")
+    for i, pair in enumerate(zip(*got, strict=True)):
+        if wrong := exchange_partials.wrong(outs, lses + np.float32(i), pair):
+            found.append(f"{wrong} elements of exchange {i} are wrong")
     return found
-
-
-def _flat(partials: np.ndarray) -> np.ndarray:
-    """All partials of all devices: `[n * k, rows, ...]`."""
-    return partials.reshape(-1, *partials.shape[2:])
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import context_pools
+import exchange_partials
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,6 +188,28 @@ def test_beside_an_auto_axis_it_is_refused() -> None:
         ValueError, match=r"exchange: got 'direct' beside the Auto axes \['other'\]"
     ):
         jax.jit(mapped)(jnp.ones((2, 1, 3, 512)), jnp.ones((2, 1, 3)))
+
+
+def test_beside_explicit_axes_each_device_merges_its_rows() -> None:
+    types = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("context", "data"), axis_types=types, devices=CPUS[:4])
+    partials = exchange_partials.draw(2, 2, 6, "bfloat16")
+
+    def local(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+        options = {"axis_name": "context", "implementation": None}
+        return _direct_exchange.merge_over(outs[0], lses[0], None, **options)
+
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, P("context", None, "data")) for x in partials]
+        specs = P("context"), P("context")
+        mapped = jax.jit(
+            jax.shard_map(local, in_specs=specs, out_specs=P(), axis_names={"context"})
+        )
+        got = mapped(*placed)
+        text = lowered(mapped, *placed)
+    assert [x.sharding.spec[0] for x in got] == ["data", "data"]
+    assert exchange_partials.wrong(*partials, got) == 0
+    assert re.search(rf"@{EXCHANGE}\(.*\(tensor<2x3x512xbf16>, tensor<2x3xf32>", text)
 
 
 def test_an_open_batch_is_gathered() -> None:
