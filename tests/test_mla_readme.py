@@ -37,12 +37,14 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_code_runs_to_the_end(names: dict[str, Any]) -> None:
-    assert len(re.findall("```python", PAGE)) == 8
+    assert len(re.findall("```python", PAGE)) == 9
     assert names["x"].shape == (4, 3, 128)
     assert np.isfinite(np.asarray(names["x"], np.float32)).all()
     assert not names["x"][3].any() or names["rows"].cache_seqlens[3] == 0
     assert names["pages"].length("a") == 100 + 50 + 3 + 3 - 2
     assert len(names["layers"]) == 2
+    assert names["hidden"].shape == (2, 1, 128)
+    assert np.isfinite(np.asarray(names["hidden"], np.float32)).all()
     assert {leaf.dtype for leaf in jax.tree.leaves(names["layers"])} == {jnp.dtype("bfloat16")}
 
 

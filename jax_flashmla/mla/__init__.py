@@ -1,6 +1,7 @@
 """Multi-head latent attention as a layer: absorbed projections around `mla_decode`.
 
-README.md in this folder explains it; `jax_flashmla.mla.nnx` is the same as Flax NNX modules.
+README.md in this folder explains it; `jax_flashmla.mla.nnx` is the same as Flax NNX modules,
+`jax_flashmla.mla.context` over a mesh axis.
 """
 
 from jax_flashmla.mla.config import ConfigError, MLAConfig, Yarn

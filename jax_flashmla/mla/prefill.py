@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import cache
+from jax_flashmla import _manual_axes, _page_shares, cache
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla._shapes import KV_LORA_RANK, PAGE_SIZE
 from jax_flashmla.mla import layer
@@ -68,6 +68,7 @@ def attend(
     pool: jax.Array,
     step: Step,
     *,
+    axis_name: str | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the cached tokens of each request, aligned to their end.
@@ -91,6 +92,8 @@ def attend(
         q_rope: `[b, s_q, h_q, 64]`, rotated.
         pool: page pool with the new tokens.
         step: from `prefill_step`; its tables, `cache_seqlens` and `query_lens` are used.
+        axis_name: inside `jax.shard_map`, the axis whose n devices hold the pages of each request,
+            page p device `p % n`; pool and tables are then this device's, lengths the whole ones.
         implementation: as in `cache.gather`.
 
     Returns:
@@ -103,9 +106,11 @@ def attend(
     q = jnp.pad(q, ((0, 0), (0, -s_q % block), (0, 0), (0, 0)))
     width = step.block_table.shape[1]
     table = jnp.pad(step.block_table, ((0, 0), (0, -width % BLOCK_PAGES)), constant_values=-1)
-    lengths = jnp.clip(step.cache_seqlens, 0, width * PAGE_SIZE)
-    unpack = functools.partial(_keys_and_values, weights, pool, implementation)
-    attend_one = functools.partial(_attend_one, unpack, config.softmax_scale, block)
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    lengths = jnp.clip(step.cache_seqlens, 0, width * devices * PAGE_SIZE)
+    rows = functools.partial(_cached_rows, pool, implementation, axis_name)
+    unpack = functools.partial(_keys_and_values, weights, rows)
+    attend_one = functools.partial(_attend_one, unpack, config.softmax_scale, block, devices)
     queries = jnp.clip(step.query_lens, 0, s_q)
     # Not from the clipped length: what the table cannot hold is missing, it moves no query.
     offsets = step.cache_seqlens - step.query_lens
@@ -117,6 +122,7 @@ def _attend_one(
     unpack: functools.partial,
     softmax_scale: float,
     block: int,
+    devices: int,
     q: jax.Array,
     pages: jax.Array,
     length: jax.Array,
@@ -124,13 +130,14 @@ def _attend_one(
     offset: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends one request: q `[s_q, h_q, qk_head_dim]`, pages `[n]`; scalars, offset of query 0."""
-    keys_per_block = BLOCK_PAGES * PAGE_SIZE
-    v_dim = unpack.args[0].value_up.shape[-1]
+    keys_per_block = BLOCK_PAGES * devices * PAGE_SIZE
+    value_up = unpack.args[0].value_up
     start = (
         jnp.full(q.shape[:2], -jnp.inf, jnp.float32),
         jnp.zeros(q.shape[:2], jnp.float32),
-        jnp.zeros((*q.shape[:2], v_dim), jnp.float32),
+        jnp.zeros((*q.shape[:2], value_up.shape[-1]), jnp.float32),
     )
+    start = tuple(_manual_axes.align([*start, q, value_up])[:3])  # a loop keeps what varies
 
     def key_block(i: jax.Array, state: State) -> State:
         first_key = i * keys_per_block
@@ -162,15 +169,30 @@ def _attend_one(
     return out.astype(q.dtype), jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
 
-def _keys_and_values(
-    weights: MLAWeights,
+def _cached_rows(
     pool: jax.Array,
     implementation: Implementation,
+    axis_name: str | None,
     pages: jax.Array,
     length: jax.Array,
+) -> jax.Array:
+    """A block's rows `[keys, 576]` of this device's pages, or of all devices' in their order."""
+    if axis_name is not None:
+        n, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+        keys = n * len(pages) * PAGE_SIZE
+        length = _page_shares.share(jnp.clip(length, 0, keys), device, n)
+    rows = cache.gather(pool, pages[None], length[None], implementation=implementation)[0, :, 0]
+    if axis_name is None:
+        return rows
+    paged = rows.reshape(len(pages), 1, PAGE_SIZE, -1)
+    return _manual_axes.gather(paged, axis_name, 1).reshape(keys, -1)
+
+
+def _keys_and_values(
+    weights: MLAWeights, cached_rows: functools.partial, pages: jax.Array, length: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Un-absorbs a block: k `[keys, h_q, qk_head_dim]` and v `[keys, h_q, v_head_dim]`."""
-    rows = cache.gather(pool, pages[None], length[None], implementation=implementation)[0, :, 0]
+    rows = cached_rows(pages, length)
     latent, rope = rows[:, :KV_LORA_RANK], rows[:, KV_LORA_RANK:]
     product = functools.partial(jnp.einsum, precision="highest")
     k_nope = product("kc,hnc->khn", latent, weights.key_up)

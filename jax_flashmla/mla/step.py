@@ -32,7 +32,7 @@ class Step(NamedTuple):
     slots: jax.Array
     cos: jax.Array
     sin: jax.Array
-    schedule: Schedule | None
+    schedule: Schedule | None = None
 
     def at_layer(self, layer: int | jax.Array, num_pages: int) -> "Step":
         """The step for one layer's share of a flat pool, `num_pages` pages of `cache.make_pool`."""
@@ -60,10 +60,9 @@ def decode_step(
         ValueError: a shape is wrong.
         TypeError: a dtype is wrong.
     """
-    arrays = _checked(block_table, cache_seqlens, slots)
-    query_lens = jnp.full_like(arrays[1], slots.shape[1])
-    schedule = get_mla_metadata(arrays[1], max(1, slots.shape[1]) * config.num_attention_heads, 1)
-    return _step(config, *arrays, query_lens, schedule)
+    step = describe(config, block_table, cache_seqlens, slots)
+    rows = max(1, slots.shape[1]) * config.num_attention_heads
+    return step._replace(schedule=get_mla_metadata(step.cache_seqlens, rows, 1))
 
 
 def prefill_step(
@@ -93,7 +92,15 @@ def prefill_step(
     (query_lens,) = _shapes.as_arrays(query_lens=query_lens)
     _shapes.check_shape("query_lens", query_lens, arrays[1].shape)
     _shapes.check_dtype("query_lens", query_lens, jnp.int32)
-    return _step(config, *arrays, query_lens, None)
+    return _step(config, *arrays, query_lens)
+
+
+def describe(
+    config: MLAConfig, block_table: jax.Array, cache_seqlens: jax.Array, slots: jax.Array
+) -> Step:
+    """What `decode_step` describes, without a schedule."""
+    arrays = _checked(block_table, cache_seqlens, slots)
+    return _step(config, *arrays, jnp.full_like(arrays[1], slots.shape[1]))
 
 
 def positions(cache_seqlens: jax.Array, query_lens: jax.Array, s_q: int) -> jax.Array:
@@ -119,7 +126,6 @@ def _step(
     cache_seqlens: jax.Array,
     slots: jax.Array,
     query_lens: jax.Array,
-    schedule: Schedule | None,
 ) -> Step:
     cos, sin = cos_sin(config, positions(cache_seqlens, query_lens, slots.shape[1]))
-    return Step(block_table, cache_seqlens, query_lens, slots, cos, sin, schedule)
+    return Step(block_table, cache_seqlens, query_lens, slots, cos, sin)
