@@ -208,17 +208,19 @@ def prefill(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one layer on up to s_q new tokens of each request, as `mla.prefill` does.
 
+    Keys come from all devices a block at a time, for this device's heads.
+
     Args:
-        weights: this device's share of the layer's.
-        config: of the model, with all heads.
-        x: normalised hidden states `[b, s_q, hidden]`, the same on all devices.
-        pool: this device's page pool `[num_pages, 64, 1, 576]`; donate it.
+        weights: as in `decode`.
+        config: as in `decode`.
+        x: as in `decode`.
+        pool: as in `decode`.
         step: of `prefill_step`.
         axis_name: the mesh axis.
         implementation: as in `mla_decode`, for the cache operations.
 
     Returns:
-        `[b, s_q, hidden]`, the same on all devices, and this device's pool.
+        As `decode`.
 
     Raises:
         ValueError: a shape is wrong.
