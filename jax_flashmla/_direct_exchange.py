@@ -46,8 +46,8 @@ class Mailboxes:
 
 def get_mailboxes(rows: int, *, axis_name: str, implementation: Implementation) -> Mailboxes:
     """Opens mailboxes for so many partial rows of each device, inside `jax.shard_map`."""
-    index = jax.lax.axis_index(axis_name)
-    static = {"axis_name": axis_name, "rows": rows, "implementation": implementation}
+    index, most = jax.lax.axis_index(axis_name), min(rows, MAX_ROWS)  # more rows are gathered
+    static = {"axis_name": axis_name, "rows": most, "implementation": implementation}
     return Mailboxes(*addresses_p.bind(index, **static), rows)
 
 

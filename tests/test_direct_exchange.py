@@ -104,6 +104,13 @@ def test_mailboxes_that_are_too_small_are_refused() -> None:
         step.trace(*context_pools.operands(make_batch(), 4))
 
 
+def test_mailboxes_for_more_rows_than_an_exchange_can_have() -> None:
+    operands = context_pools.operands(make_batch(), 2)
+    text = lowered(layers(2, rows={"b": 16385, "s_q": 1, "h_q": 4}), *operands)
+    assert "rows = 65536 : i32" in text
+    assert calls(text) == [ADDRESS, "all_gather", *[EXCHANGE] * 3]
+
+
 def test_mailboxes_need_the_axis_and_counts() -> None:
     counts = {"b": 1, "s_q": 1, "h_q": 4}
     with pytest.raises(ValueError, match="axis_name: got 'context', expected one of"):
