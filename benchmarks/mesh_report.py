@@ -179,7 +179,7 @@ def _context(row: dict) -> Iterator[tuple[str, ...]]:
             *nothing,
         )
         for exchange in (x for x in EXCHANGES if x in _whole(us, n)):
-            cells = [*time_and_gain(f"{exchange} on {n}")]
+            cells = time_and_gain(f"{exchange} on {n}")
             cells += time_and_gain(f"{exchange}, captured on {n}")
             names = f"{exchange}, in a scan", f"merge, {exchange}", f"merge, {exchange}, captured"
             found = [us.get(f"{name} on {n}") for name in names]

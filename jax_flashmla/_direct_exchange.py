@@ -77,8 +77,7 @@ def merge_over(
         RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
     """
     if not isinstance(lses.size, int):  # a batch that is open, in a program for export
-        static = {"axis_name": axis_name, "implementation": implementation}
-        return _portable(outs, lses, None, **static)
+        return _portable(outs, lses, None, axis_name=axis_name, implementation=implementation)
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     auto = [x for x, kind in kinds if kind == AxisType.Auto and mesh.shape[x] > 1]

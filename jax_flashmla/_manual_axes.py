@@ -29,14 +29,14 @@ def result(
     same_over: frozenset[str] = frozenset(),
 ) -> jax.core.ShapedArray:
     """Describes a result that varies over the axes of the operands, but for those named."""
-    varying = _varying(operands) - same_over
-    if not _varying(operands):
+    varying = _varying(operands)
+    if not varying:
         return jax.core.ShapedArray(shape, jnp.dtype(dtype))
     return jax.core.ShapedArray(
         shape,
         jnp.dtype(dtype),
         sharding=NamedSharding(operands[0].sharding.mesh, PartitionSpec()),
-        manual_axis_type=ManualAxisType(varying=varying),
+        manual_axis_type=ManualAxisType(varying=varying - same_over),
     )
 
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Generator, Sequence
 
 CHUNKS, WARPS = 2, 2
-Steps = Generator[None, None, None]
+Steps = Generator[bool, None, None]  # whether a step is one of waiting
 Place = tuple[int, int, int, int, int]  # owner, turn, writer, row, chunk
 
 
@@ -95,7 +95,6 @@ def _device(world: World, me: int, exchanges: Sequence[Exchange]) -> Steps:
 
 
 def _kernel(world: World, me: int, index: int, exchange: Exchange) -> Steps:
-    """Yields whether the step was one of waiting."""
     numbers = {other: world.exchanges[me, other] + 1 for other in exchange.group}  # meet
     warps = [
         _warp(world, me, index, exchange, numbers, range(warp, exchange.rows, WARPS))
@@ -131,7 +130,7 @@ def _warp(
             world.write(me, owner, row, numbers[owner], value)
             yield False
 
-    def receive(row: int, writer: int) -> Generator[None, None, object]:
+    def receive(row: int, writer: int) -> Generator[bool, None, object]:
         found = {}
         while len(found) < CHUNKS:
             for chunk in range(CHUNKS):

@@ -7,6 +7,7 @@ projected on every device and written on the one that holds its page; queries of
 gathered for decode, latents of all pages for prefill; the heads' shares of the result are summed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -192,8 +193,7 @@ def decode(
     heads = weights.key_up.shape[0]
     first = jax.lax.axis_index(axis_name) * heads
     own = jax.lax.dynamic_slice_in_dim(out, first, heads, axis=2)
-    shares, bias = _without_bias(weights)
-    return _summed(layer.project_back(shares, own), bias, axis_name), pool
+    return _sum_of_heads(layer.project_back, weights, own, axis_name), pool
 
 
 def prefill(
@@ -234,15 +234,15 @@ def prefill(
         axis_name=axis_name,
         implementation=implementation,
     )
-    shares, bias = _without_bias(weights)
-    return _summed(layer.project_out(shares, out), bias, axis_name), pool
+    return _sum_of_heads(layer.project_out, weights, out, axis_name), pool
 
 
-def _without_bias(weights: MLAWeights) -> tuple[MLAWeights, jax.Array | None]:
-    """The output's bias belongs to the sum of all heads, not to each device's share."""
-    return weights._replace(output_bias=None), weights.output_bias
-
-
-def _summed(y: jax.Array, bias: jax.Array | None, axis_name: str) -> jax.Array:
-    total = jax.lax.psum(y, axis_name)
-    return total if bias is None else total + bias.reshape(1, 1, -1)
+def _sum_of_heads(
+    project: Callable[[MLAWeights, jax.Array], jax.Array],
+    weights: MLAWeights,
+    out: jax.Array,
+    axis_name: str,
+) -> jax.Array:
+    """Projects each device's heads and sums up; the output's bias belongs to the sum, once."""
+    y = jax.lax.psum(project(weights._replace(output_bias=None), out), axis_name)
+    return y if weights.output_bias is None else y + weights.output_bias.reshape(1, 1, -1)
