@@ -13,15 +13,23 @@ class LaunchConfig {
  public:
   // `early`: programmatic dependent launch. The kernel must call wait_for_previous_kernel before
   // it relies on what it reads from global memory, or writes any.
-  LaunchConfig(dim3 blocks, int threads, size_t shared_bytes, cudaStream_t stream, bool early) {
+  // `cluster`: so many neighbours of the grid run on neighbouring SMs, and at once.
+  LaunchConfig(dim3 blocks, int threads, size_t shared_bytes, cudaStream_t stream, bool early,
+               int cluster = 1) {
     config_.gridDim = blocks;
     config_.blockDim = dim3(static_cast<unsigned>(threads));
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
-    early_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early_.val.programmaticStreamSerializationAllowed = 1;
-    config_.attrs = &early_;
-    config_.numAttrs = early ? 1 : 0;
+    config_.attrs = attributes_;
+    if (early) {
+      add(cudaLaunchAttributeProgrammaticStreamSerialization)
+          .programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      auto& size = add(cudaLaunchAttributeClusterDimension).clusterDim;
+      size.x = static_cast<unsigned>(cluster);
+      size.y = size.z = 1;
+    }
   }
   LaunchConfig(const LaunchConfig&) = delete;
   LaunchConfig& operator=(const LaunchConfig&) = delete;
@@ -33,8 +41,14 @@ class LaunchConfig {
   }
 
  private:
+  cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+    cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+    attribute.id = id;
+    return attribute.val;
+  }
+
   cudaLaunchConfig_t config_ = {};
-  cudaLaunchAttribute early_ = {};
+  cudaLaunchAttribute attributes_[2] = {};
 };
 
 }  // namespace flashmla

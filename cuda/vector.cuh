@@ -1,11 +1,7 @@
 // Eight columns at a time: 16 bytes of bfloat16 or float16, 32 of float32.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "pair.cuh"
 
 namespace flashmla {
 
@@ -38,16 +34,15 @@ struct Vector {
   __device__ __forceinline__ void unpack(float (&values)[kVectorColumns]) const {
     const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(words);
 #pragma unroll
-    for (int i = 0; i < kVectorColumns; ++i) {
+    for (int i = 0; i < kVectorColumns; i += 2) {
+      float2 pair;
       if constexpr (std::is_same_v<T, float>) {
-        values[i] = __uint_as_float(pairs[i]);
-      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        const uint32_t pair = pairs[i / 2];
-        values[i] = __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+        pair = {__uint_as_float(pairs[i]), __uint_as_float(pairs[i + 1])};
       } else {
-        values[i] =
-            __half2float(__ushort_as_half(static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16)));
+        pair = unpack_pair<T>(pairs[i / 2]);
       }
+      values[i] = pair.x;
+      values[i + 1] = pair.y;
     }
   }
 
@@ -58,12 +53,8 @@ struct Vector {
     for (int i = 0; i < static_cast<int>(sizeof(T)) * 2; ++i) {
       if constexpr (std::is_same_v<T, float>) {
         pairs[i] = __float_as_uint(values[i]);
-      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-        pairs[i] = reinterpret_cast<const uint32_t&>(pair);
       } else {
-        const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-        pairs[i] = reinterpret_cast<const uint32_t&>(pair);
+        pairs[i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
       }
     }
     return vector;

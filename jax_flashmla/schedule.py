@@ -22,6 +22,7 @@ from jax_flashmla._shapes import PAGE_SIZE, TileSchedulerMetaDataSize
 REQUEST_COST = 3  # in pages: what starting a request costs a part beside its pages
 PIECE_COST = 4  # in pages: what a piece, whole or split, costs its part when shares are compared
 MERGE_COST = 3  # in pages: what a step pays for merging splits
+SMOOTH_SPLITS = 16  # more are merged in one pass only where they are a power of two
 SHARE_CANDIDATES = 9  # shares compared: the least possible and the next ones
 MAX_CANDIDATE_BATCH = 1024  # beyond it: the least share, on one line
 ROW_TILE = 64  # packed query rows that one CTA works on
@@ -108,15 +109,17 @@ def _cutting(starts: jax.Array, num_sm_parts: int) -> tuple[jax.Array, _Cutting]
     shares = least + more
     pages = jnp.maximum(least - REQUEST_COST, 1) + more  # of a part, where requests stand apart
 
-    def cost(shares: jax.Array, pieces: jax.Array) -> jax.Array:
+    def cost(shares: jax.Array, splits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pieces = splits.sum(axis=0, dtype=jnp.int32)
         merge = jnp.where(pieces > batch, MERGE_COST, 0)
-        return (shares - least + merge) * num_sm_parts + PIECE_COST * pieces
+        twice = jnp.where(_merges_twice(splits).any(axis=0), num_sm_parts // 2, 0)
+        return (shares - least + merge) * num_sm_parts + twice + PIECE_COST * pieces, pieces
 
     row = _Cutting(shares[None], REQUEST_COST, 1)
-    pieces_in_row = _splits(starts[:, None], row).sum(axis=0, dtype=jnp.int32)
-    pieces_apart = _parts_apart(starts[:, None], pages[None]).sum(axis=0, dtype=jnp.int32)
-    cost_apart = jnp.where(pieces_apart <= num_sm_parts, cost(pages, pieces_apart), INT32_MAX)
-    costs = jnp.stack([cost_apart, cost(shares, pieces_in_row)], axis=1)
+    cost_in_row, _ = cost(shares, _splits(starts[:, None], row))
+    cost_apart, pieces_apart = cost(pages, _parts_apart(starts[:, None], pages[None]))
+    cost_apart = jnp.where(pieces_apart <= num_sm_parts, cost_apart, INT32_MAX)
+    costs = jnp.stack([cost_apart, cost_in_row], axis=1)
     choice = jnp.argmin(costs).astype(jnp.int32)
     share, apart_pages, apart = shares[choice // 2], pages[choice // 2], choice % 2 == 0
     parts = jnp.cumsum(_parts_apart(starts, apart_pages), dtype=jnp.int32)
@@ -127,6 +130,11 @@ def _cutting(starts: jax.Array, num_sm_parts: int) -> tuple[jax.Array, _Cutting]
         jnp.where(apart, apart_pages, 1),
     )
     return jnp.where(apart, line_apart, starts), cutting
+
+
+def _merges_twice(splits: jax.Array) -> jax.Array:
+    """Returns whether the merge takes two passes for so many splits."""
+    return (splits > SMOOTH_SPLITS) & (splits & (splits - 1) != 0)
 
 
 def _parts_apart(starts: jax.Array, share: jax.Array) -> jax.Array:

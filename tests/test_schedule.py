@@ -17,6 +17,7 @@ from jax_flashmla.schedule import (
     PIECE_COST,
     REQUEST_COST,
     SHARE_CANDIDATES,
+    SMOOTH_SPLITS,
     default_num_sm_parts,
     plan,
 )
@@ -56,13 +57,15 @@ def best_cutting(pages: list[int], starts: list[int], parts: int) -> tuple[int, 
     def cost(candidate: tuple[int, bool]) -> float:
         share, apart = candidate
         if apart:
-            pieces = sum(parts_apart(pages, share))
-            if pieces > parts:
-                return float("inf")
+            splits = parts_apart(pages, share)
         else:
-            pieces = sum(split_count(*ends, share) for ends in itertools.pairwise(starts))
+            splits = [split_count(*ends, share) for ends in itertools.pairwise(starts)]
+        pieces = sum(splits)
+        if apart and pieces > parts:
+            return float("inf")
         merge = MERGE_COST if pieces > batch else 0
-        return (share - least + merge) * parts + PIECE_COST * pieces
+        twice = any(n > SMOOTH_SPLITS and n.bit_count() > 1 for n in splits)
+        return (share - least + merge) * parts + twice * (parts // 2) + PIECE_COST * pieces
 
     candidates = itertools.product(range(SHARE_CANDIDATES), (True, False))
     return min(((first[apart] + c, apart) for c, apart in candidates), key=cost)
@@ -211,6 +214,17 @@ def test_requests_stand_apart_where_there_are_parts_enough(
     rows, num_splits = planned([length] * batch, parts)
     np.testing.assert_array_equal(np.diff(num_splits), splits)
     assert all(len(pieces) <= 1 for pieces in walk(rows, pages))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "parts", "splits"),
+    [(1, 16384, 132, 128), (1, 12288, 132, 64), (2, 8192, 132, 64), (1, 8192, 66, 64)],
+)
+def test_many_splits_are_a_power_of_two_where_that_costs_little(
+    batch: int, length: int, parts: int, splits: int
+) -> None:
+    _, num_splits = planned([length] * batch, parts)
+    np.testing.assert_array_equal(np.diff(num_splits), splits)
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,6 +14,8 @@
 
 namespace flashmla::combine {
 
+static_assert(schedule::kSmoothSplits == 2 * Lines<1>::kSplits);
+
 // Few splits: a group merges kLines lines alone, a single one in two turns if need be.
 template <class T, int kMostRows, int kLines>
 __device__ __forceinline__ void merge_few(const Merge& merge, const Share& share, int block,
@@ -42,8 +44,7 @@ __device__ __forceinline__ void merge_few(const Merge& merge, const Share& share
       uint32_t words[kLaneColumns / 2];
 #pragma unroll
       for (int w = 0; w < kLaneColumns / 2; ++w) {
-        words[w] =
-            decode::pack_pair<T>(lines.sum[l][2 * w] * factor, lines.sum[l][2 * w + 1] * factor);
+        words[w] = pack_pair<T>(lines.sum[l][2 * w] * factor, lines.sum[l][2 * w + 1] * factor);
       }
       if constexpr (!Blocks<kMostRows>::kFew) decode::transpose_quad(words);
       if (!valid) continue;
@@ -93,7 +94,7 @@ __device__ __forceinline__ void merge_many(const Merge& merge, const Share& shar
     if (!first_of_team || wanted >= share.end_line) continue;
     const float factor = decode::inverse_sum(sum.weighing.total);
     const int word = Blocks<kMostRows>::kFew ? sum.pair() : decode::transposed_word(sum.pair());
-    merge.target(line)[word] = decode::pack_pair<T>(sum.sum.x * factor, sum.sum.y * factor);
+    merge.target(line)[word] = pack_pair<T>(sum.sum.x * factor, sum.sum.y * factor);
     if (threadIdx.x % 32 == 0) merge.store_lse(line, sum.weighing);
   }
 }
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(Blocks<kMostRows>::kThreads, Blocks<kMostRows>
     merge_few<T, kMostRows, 4>(merge, share, block, blocks_per_part);
   } else if (share.splits <= Lines<2>::kSplits) {
     merge_few<T, kMostRows, 2>(merge, share, block, blocks_per_part);
-  } else if (share.splits <= 2 * Lines<1>::kSplits) {
+  } else if (share.splits <= schedule::kSmoothSplits) {
     merge_few<T, kMostRows, 1>(merge, share, block, blocks_per_part);
   } else {
     merge_many<T, kMostRows>(merge, share, block, blocks_per_part);

@@ -85,8 +85,11 @@ template <class T>
 const char* launch_tiles(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;
   const long long blocks = static_cast<long long>(p.h_kv) * a.row_tiles * p.num_sm_parts;
+  // Tiles that read the same pages, two by two on neighbouring SMs: 1 to 2% faster with 128 and 256
+  // rows, though they share nothing else (H200). Four would leave SMs idle.
+  const int cluster = a.row_tiles % 2 == 0 ? 2 : 1;
   const LaunchConfig config(static_cast<unsigned>(blocks), decode::kThreads,
-                            sizeof(decode::Storage), stream, p.early_start);
+                            sizeof(decode::Storage), stream, p.early_start, cluster);
   return config.launch(p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>,
                        a);
 }

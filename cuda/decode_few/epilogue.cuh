@@ -91,7 +91,7 @@ __device__ __forceinline__ void stage_rows(const Stage& stage, const Output<kRow
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float* const values = out[tile + i / 2] + block * 4 + i % 2 * 2;
-    pairs[i] = decode::pack_pair<T>(values[0] * factor[0], values[1] * factor[1]);
+    pairs[i] = pack_pair<T>(values[0] * factor[0], values[1] * factor[1]);
   }
   sm90::store_transposed_x4(
       stage.part(mine / kPartTiles) + Stage::chunk_offset(block * 8 + lane % 8, chunk), pairs);

@@ -170,7 +170,7 @@ __device__ __forceinline__ void store_weights(uint32_t tile, const float (&weigh
   uint32_t pairs[kRows / 4];
 #pragma unroll
   for (int i = 0; i < kRows / 4; ++i) {
-    pairs[i] = decode::pack_pair<T>(weights[2 * i], weights[2 * i + 1]);
+    pairs[i] = pack_pair<T>(weights[2 * i], weights[2 * i + 1]);
   }
 #pragma unroll
   for (int block = 0; block + 1 < kRows / 8; block += 2) {

@@ -32,7 +32,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBatch = 4;  // rows that a warp awaits together
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // Rows that NVLink carries in the 2.5 us that a second round is estimated to take: 1.3 us to the
 // other GPU, about as long to notice and to merge. Not measured: it takes more than two GPUs.
@@ -80,7 +79,7 @@ __device__ __forceinline__ void meet(Meeting& meeting, const ExchangeParams& p,
   const bool present = __syncthreads_or(in_group && address.mailbox == mailbox) != 0;
   if (thread < 32) {
     const uint32_t number =
-        __shfl_sync(kWholeWarp, exchanges, in_group ? address.ordinal % kMaxDevices : 0) + 1;
+        __shfl_sync(~0u, exchanges, in_group ? address.ordinal % kMaxDevices : 0) + 1;
     if (in_group) meeting.numbers[thread] = number;
   }
   bool fits = true;
@@ -207,9 +206,9 @@ class Row {
   // Reads again until all of the warp's lanes have their shares. Returns whether they came in time.
   template <class Read>
   __device__ __forceinline__ bool await(bool come, const Read& read_again) const {
-    if (__all_sync(kWholeWarp, come)) return true;
-    while (!__all_sync(kWholeWarp, read_again())) {
-      if (__any_sync(kWholeWarp, now() > meeting_.deadline)) return false;
+    if (__all_sync(~0u, come)) return true;
+    while (!__all_sync(~0u, read_again())) {
+      if (__any_sync(~0u, now() > meeting_.deadline)) return false;
     }
     return true;
   }

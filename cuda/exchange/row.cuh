@@ -6,12 +6,9 @@
 // third more bytes; the idea is NCCL's protocol LL, with chunks of 16 bytes instead of 8.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <type_traits>
 
+#include "../pair.cuh"
 #include "mailbox.h"
 
 namespace flashmla::exchange {
@@ -76,20 +73,16 @@ struct RowShare {
 
   // The lse, which one lane holds; all lanes of the warp call this.
   __device__ __forceinline__ float lse() const {
-    return __uint_as_float(
-        __shfl_sync(0xffffffffu, words[kLseChunk / 32][kLseWord], kLseChunk % 32));
+    return __uint_as_float(__shfl_sync(~0u, words[kLseChunk / 32][kLseWord], kLseChunk % 32));
   }
 
   template <class T>
   __device__ __forceinline__ void unpack(float (&values)[kLaneColumns]) const {
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) {
-      const uint32_t pair = words[i / 2 / kChunkWords][i / 2 % kChunkWords];
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        values[i] = __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
-      } else {
-        values[i] = __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> i % 2 * 16)));
-      }
+    for (int i = 0; i < kLaneColumns / 2; ++i) {
+      const float2 pair = unpack_pair<T>(words[i / kChunkWords][i % kChunkWords]);
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
     }
   }
 
@@ -98,14 +91,7 @@ struct RowShare {
   __device__ __forceinline__ void pack(const float (&values)[kLaneColumns], float lse, int lane) {
 #pragma unroll
     for (int i = 0; i < kLaneColumns / 2; ++i) {
-      uint32_t& pair = words[i / kChunkWords][i % kChunkWords];
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        const __nv_bfloat162 rounded = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-        pair = reinterpret_cast<const uint32_t&>(rounded);
-      } else {
-        const __half2 rounded = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-        pair = reinterpret_cast<const uint32_t&>(rounded);
-      }
+      words[i / kChunkWords][i % kChunkWords] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
     }
     if (lane == kLseChunk % 32) words[kLseChunk / 32][kLseWord] = __float_as_uint(lse);
   }

@@ -13,11 +13,6 @@ using exchange::kMaxRows;
 
 constexpr ffi::DataType kUint32 = ffi::DataType::U32;
 
-ffi::Error check_range(const char* name, int64_t count, int64_t most) {
-  if (count >= 1 && count <= most) return ffi::Error::Success();
-  return mismatch(name, std::to_string(count), "1 to " + std::to_string(most));
-}
-
 }  // namespace
 
 ffi::ErrorOr<ExchangeParams> exchange_params(const ExchangeBuffers& buffers) {
@@ -32,9 +27,9 @@ ffi::ErrorOr<ExchangeParams> exchange_params(const ExchangeBuffers& buffers) {
   const int64_t partials = shape_of(buffers.outs)[0];
   const int64_t rows = shape_of(buffers.outs)[1];
   const int64_t devices = shape_of(buffers.addresses)[0];
-  error = check_range("n", partials, kMaxRows);
-  if (error.success()) error = check_range("n * rows", partials * rows, kMaxRows);
-  if (error.success()) error = check_range("devices", devices, kMaxDevices);
+  error = check_count("n", partials, kMaxRows);
+  if (error.success()) error = check_count("n * rows", partials * rows, kMaxRows);
+  if (error.success()) error = check_count("devices", devices, kMaxDevices);
   if (error.success()) {
     error = check({{"lses", buffers.lses, kFloat32, {partials, rows}},
                    {"out", buffers.out, dtype, {rows, kHeadDimV}},
@@ -58,7 +53,7 @@ ffi::ErrorOr<ExchangeParams> exchange_params(const ExchangeBuffers& buffers) {
 }
 
 ffi::ErrorOr<uint32_t*> address_target(ffi::AnyBuffer address, int64_t rows) {
-  ffi::Error error = check_range("rows", rows, kMaxRows);
+  ffi::Error error = check_count("rows", rows, kMaxRows);
   if (error.success()) error = check({{"address", address, kUint32, {1, kAddressWords}}});
   if (error.failure()) return ffi::Unexpected(error);
   return data<uint32_t>(address);

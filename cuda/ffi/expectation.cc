@@ -34,9 +34,9 @@ ffi::Error check(std::initializer_list<Expectation> expectations) {
   return ffi::Error::Success();
 }
 
-ffi::Error check_count(const char* name, int64_t count) {
-  if (1 <= count && count <= kMaxSize / 2) return ffi::Error::Success();
-  return mismatch(name, std::to_string(count), "1 to " + std::to_string(kMaxSize / 2));
+ffi::Error check_count(const char* name, int64_t count, int64_t most) {
+  if (1 <= count && count <= most) return ffi::Error::Success();
+  return mismatch(name, std::to_string(count), "1 to " + std::to_string(most));
 }
 
 ffi::Error check_half(const char* name, ffi::DataType dtype) {

@@ -44,8 +44,8 @@ struct Expectation {
 
 ffi::Error check(std::initializer_list<Expectation> expectations);
 
-// At least 1, and still an int after the launch side's own small factors.
-ffi::Error check_count(const char* name, int64_t count);
+// From 1 to `most`; by default what is still an int after the launch side's own small factors.
+ffi::Error check_count(const char* name, int64_t count, int64_t most = kMaxSize / 2);
 
 // bfloat16 or float16: what the kernels that move a cache are built for.
 ffi::Error check_half(const char* name, ffi::DataType dtype);

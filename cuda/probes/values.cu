@@ -16,7 +16,7 @@ __device__ __forceinline__ void fill_fragment(const float* weights, decode::Weig
   for (int i = 0; i < 16; ++i) {
     const float* const pair =
         weights + decode::fragment_row(i % 2) * kPageSize + decode::fragment_column(i / 2);
-    fragment[i / 4][i % 4] = decode::pack_pair<T>(pair[0], pair[1]);
+    fragment[i / 4][i % 4] = pack_pair<T>(pair[0], pair[1]);
   }
 }
 

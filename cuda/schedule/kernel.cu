@@ -89,6 +89,14 @@ __device__ __forceinline__ int sum_of(Values<kWidth> values) {
   return sum;
 }
 
+template <int kWidth>
+__device__ __forceinline__ bool any_merges_twice(Values<kWidth> splits) {
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) any = any || merges_twice(splits.at[i]);
+  return any;
+}
+
 __device__ __forceinline__ int warp_inclusive_sum(int value) {
   if (__all_sync(~0u, value == 0)) return 0;  // warps without requests are busy with cuts
 #pragma unroll
@@ -170,17 +178,26 @@ __device__ __forceinline__ Cutting compare_shares(typename B::Storage& storage, 
     const Divider pages = make_divider(least_apart(least) + c);
     int pieces = 0;
     int pieces_apart = 0;
+    bool twice = false;
+    bool twice_apart = false;
 #pragma unroll 1
     for (int r = 4 * lane_index(); r < batch; r += 128) {
-      pieces += sum_of(count_splits<4, true>(storage.line, r, in_a_row(share), a));
-      pieces_apart += sum_of(count_parts<4>(storage.line, r, pages, a));
+      const Values<4> splits = count_splits<4, true>(storage.line, r, in_a_row(share), a);
+      const Values<4> splits_apart = count_parts<4>(storage.line, r, pages, a);
+      pieces += sum_of(splits);
+      pieces_apart += sum_of(splits_apart);
+      twice = twice || any_merges_twice(splits);
+      twice_apart = twice_apart || any_merges_twice(splits_apart);
     }
     pieces = __reduce_add_sync(~0u, pieces);
     pieces_apart = __reduce_add_sync(~0u, pieces_apart);
+    twice = __any_sync(~0u, twice);
+    twice_apart = __any_sync(~0u, twice_apart);
     if (lane_index() == 0) {
-      const int cost_apart = candidate_cost(pages.divisor - least, pieces_apart, batch, parts);
+      const int cost_apart =
+          candidate_cost(pages.divisor - least, pieces_apart, batch, twice_apart, parts);
       storage.candidate_costs[2 * c] = pieces_apart <= parts ? cost_apart : kMaxInt;
-      storage.candidate_costs[2 * c + 1] = candidate_cost(c, pieces, batch, parts);
+      storage.candidate_costs[2 * c + 1] = candidate_cost(c, pieces, batch, twice, parts);
     }
   }
   __syncthreads();

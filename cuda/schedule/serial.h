@@ -42,10 +42,18 @@ inline Cutting serial_cutting(std::vector<int>& line, int num_sm_parts) {
     const Divider share = make_divider(least + c);
     const int pages = least_apart(least) + c;
     const std::vector<int> alone = serial_line_apart(row, make_divider(pages));
-    int pieces = batch;
-    for (int r = 0; r < batch; ++r) pieces += cuts_inside(row[r], row[r + 1], in_a_row(share));
-    const int cost_apart = candidate_cost(pages - least, alone.back(), batch, num_sm_parts);
-    const int cost = candidate_cost(c, pieces, batch, num_sm_parts);
+    int pieces = 0;
+    bool twice = false;
+    bool twice_apart = false;
+    for (int r = 0; r < batch; ++r) {
+      const int splits = 1 + cuts_inside(row[r], row[r + 1], in_a_row(share));
+      pieces += splits;
+      twice = twice || merges_twice(splits);
+      twice_apart = twice_apart || merges_twice(alone[r + 1] - alone[r]);
+    }
+    const int cost_apart =
+        candidate_cost(pages - least, alone.back(), batch, twice_apart, num_sm_parts);
+    const int cost = candidate_cost(c, pieces, batch, twice, num_sm_parts);
     if (alone.back() <= num_sm_parts && cost_apart < best_cost) {
       best = apart(pages);
       best_cost = cost_apart;
