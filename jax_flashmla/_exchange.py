@@ -15,7 +15,7 @@ Exchange = Literal["direct", "gather", "heads"]
 EXCHANGES = ("direct", "gather", "heads")
 
 
-def check(exchange: str, h_q: int, n: int) -> None:
+def check(exchange: str, h_q: int, n: int, *, own_heads: bool = False) -> None:
     """Refuses an exchange that is unknown, or that n devices cannot do.
 
     Raises:
@@ -32,6 +32,10 @@ def check(exchange: str, h_q: int, n: int) -> None:
         raise ValueError(
             f"exchange: got 'heads' with {h_q} query heads, expected a multiple of the {n} devices"
         )
+    if own_heads and h_q % n:
+        raise ValueError(
+            f"own_heads: got True with {h_q} query heads, expected a multiple of the {n} devices"
+        )
 
 
 def merge_over(
@@ -41,6 +45,7 @@ def merge_over(
     axis_name: str,
     exchange: Exchange,
     implementation: Implementation,
+    own_heads: bool = False,
     mailboxes: Mailboxes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Merges the partial results of all devices of an axis, inside `jax.shard_map`.
@@ -51,22 +56,43 @@ def merge_over(
         axis_name: the mesh axis.
         exchange: as in `context_parallel.mla_decode_context_parallel`.
         implementation: of the merge.
+        own_heads: whether each device gets its share of the heads alone.
         mailboxes: of a direct exchange, None to open them here.
 
     Returns:
-        out `[b, s_q, h_q, 512]` and lse `[b, s_q, h_q]`, the same bits on all devices.
+        out `[b, s_q, h_q, 512]` and lse `[b, s_q, h_q]`, the same bits on all devices; with
+        own_heads of h_q / n heads.
     """
     if exchange == "direct":
-        return _direct_exchange.merge_over(
+        merged = _direct_exchange.merge_over(
             outs, lses, mailboxes, axis_name=axis_name, implementation=implementation
         )
+        return own_share(merged, axis_name, 2) if own_heads else merged
     if exchange == "heads":
         outs, lses = _unpacked(_deal_heads(_packed(outs, lses), axis_name), outs.dtype)
         merged = merge_partials(outs, lses, implementation=implementation)
-        out, lse = (_manual_axes.gather(x, axis_name, 2) for x in merged)
-        return out, lse
-    gathered = (_manual_axes.gather(x, axis_name, 0) for x in (outs, lses))
-    return merge_partials(*gathered, implementation=implementation)
+        return merged if own_heads else _gathered(merged, axis_name, 2)
+    partials = _gathered((outs, lses), axis_name, 0)
+    if own_heads:
+        partials = own_share(partials, axis_name, 3)
+    return merge_partials(*partials, implementation=implementation)
+
+
+def own_share(
+    results: tuple[jax.Array, jax.Array], axis_name: str, dimension: int
+) -> tuple[jax.Array, jax.Array]:
+    """Takes this device's of n equal shares of a dimension of out and lse."""
+    size = results[0].shape[dimension] // jax.lax.axis_size(axis_name)
+    first = jax.lax.axis_index(axis_name) * size
+    out, lse = (jax.lax.dynamic_slice_in_dim(x, first, size, dimension) for x in results)
+    return out, lse
+
+
+def _gathered(
+    results: tuple[jax.Array, jax.Array], axis_name: str, dimension: int
+) -> tuple[jax.Array, jax.Array]:
+    out, lse = (_manual_axes.gather(x, axis_name, dimension) for x in results)
+    return out, lse
 
 
 def _packed(outs: jax.Array, lses: jax.Array) -> jax.Array:

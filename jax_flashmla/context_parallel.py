@@ -44,6 +44,7 @@ def mla_decode_context_parallel(
     softmax_scale: float,
     causal: bool = True,
     exchange: Exchange = "gather",
+    own_heads: bool = False,
     schedules: Sequence[Schedule] | None = None,
     mailboxes: Mailboxes | None = None,
     num_sm_parts: int | None = None,
@@ -79,6 +80,9 @@ def mla_decode_context_parallel(
             environment's JAX_FLASHMLA_EXCHANGE_PATIENCE), or that another one cannot reach, makes
             the results NaN. Two of a program may not run side by side, as XLA's command buffers do
             in scheduling mode CONCURRENT, unless one's result goes into the other.
+        own_heads: whether this device gets its h_q / n heads alone, those from
+            `jax.lax.axis_index(axis_name) * h_q // n` on, as output projections divided by heads
+            want them. "heads" then takes one round. n must divide h_q.
         schedules: result of `get_schedules` for these tables and lengths, to share it between
             layers. None schedules here.
         mailboxes: result of `get_mailboxes`, for exchange="direct", to share it between layers.
@@ -88,7 +92,8 @@ def mla_decode_context_parallel(
 
     Returns:
         out `[b, s_q, h_q, 512]` of q_latent's dtype and lse float32 `[b, s_q, h_q]`, the same bits
-        on all devices of the axis, so that `out_specs` may leave the axis out.
+        on all devices of the axis, so that `out_specs` may leave the axis out. With own_heads
+        `[b, s_q, h_q / n, 512]` and `[b, s_q, h_q / n]`.
 
     Raises:
         ValueError: a shape or value is wrong; the axis is unknown; n does not divide h_q.
@@ -101,14 +106,16 @@ def mla_decode_context_parallel(
     arrays = _shapes.as_arrays(**dict(zip(names, values, strict=True)))
     shape = _shapes.split_decode_shape(*arrays)
     n = _manual_axis_size(axis_name)
-    _exchange.check(exchange, shape.h_q, n)
+    own_heads = _shapes.check_flag("own_heads", own_heads)
+    _exchange.check(exchange, shape.h_q, n, own_heads=own_heads)
     options = {
         "softmax_scale": _shapes.check_softmax_scale(softmax_scale),
         "num_sm_parts": num_sm_parts,
         "implementation": implementation,
     }
     if shape.is_trivial:
-        return mla_decode(*arrays, **options)
+        result = mla_decode(*arrays, **options)
+        return _exchange.own_share(result, axis_name, 2) if own_heads else result
     found = _context_decode.pieces(
         *arrays[3:], shape.s_q, axis_name=axis_name, causal=_shapes.check_flag("causal", causal)
     )
@@ -119,6 +126,7 @@ def mla_decode_context_parallel(
         lses,
         axis_name=axis_name,
         exchange=exchange,
+        own_heads=own_heads,
         implementation=implementation,
         mailboxes=mailboxes,
     )

@@ -70,6 +70,12 @@ def over_mesh(data: inputs.Inputs, mesh: jax.sharding.Mesh, **options: object) -
     return jax.jit(call)(*context_pools.operands(data, mesh.shape["context"]))
 
 
+def collectives(text: str) -> list[str]:
+    """Those of a compiled program, sorted."""
+    kinds = re.findall(r" (all-[a-z-]+?|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text)
+    return sorted(kinds)
+
+
 QUERIES_AND_DEVICES = (
     (1, 1), (1, 2), (1, 8), (2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 4), (8, 2), (8, 8),
 )  # fmt: skip
@@ -103,6 +109,50 @@ def test_bfloat16_is_as_good_as_an_ideal_kernel(s_q: int, n: int, exchange: str)
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_exchange_gives_the_same_result(n: int, exchange: str, axis_type: AxisType) -> None:
     assert_near(over_mesh(batch(4), mesh_of(axis_type, context=n), exchange=exchange), truth(4))
+
+
+def own_heads_program(
+    data: inputs.Inputs, exchange: str, axis_type: AxisType = AxisType.Auto
+) -> tuple[Callable, list[jax.Array]]:
+    """Over 4 devices, and its operands."""
+    specs = P(), P(), P("context"), P("context"), P()
+    heads = P(None, None, "context", None), P(None, None, "context")
+    mesh = mesh_of(axis_type, context=4)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=heads)
+    def decode(
+        q_latent: jax.Array, q_rope: jax.Array, pool: jax.Array, tables: jax.Array, *rest: jax.Array
+    ) -> Decoded:
+        return context_parallel.mla_decode_context_parallel(
+            *(q_latent, q_rope, pool, tables[0], *rest),
+            axis_name="context",
+            softmax_scale=SCALE,
+            exchange=exchange,
+            own_heads=True,
+        )
+
+    operands = zip(context_pools.operands(data, 4), specs, strict=True)
+    return jax.jit(decode), [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in operands]
+
+
+@pytest.mark.parametrize("axis_type", KINDS)
+@pytest.mark.parametrize("exchange", ["direct", "gather", "heads"])
+def test_each_device_may_have_its_own_heads_alone(exchange: str, axis_type: AxisType) -> None:
+    program, operands = own_heads_program(batch(4), exchange, axis_type)
+    assert_near(program(*operands), truth(4))
+
+
+def test_own_heads_take_one_collective() -> None:
+    program, operands = own_heads_program(batch(2), "heads")
+    text = program.lower(*operands).compile().as_text()
+    assert collectives(text) == ["all-to-all"]
+
+
+def test_own_heads_of_an_empty_batch() -> None:
+    program, operands = own_heads_program(batch(1), "gather")
+    q_latent, q_rope, pools, tables, lengths = operands
+    empty = q_latent[:0], q_rope[:0], pools, tables[:, :0], lengths[:0]
+    assert [x.shape for x in program(*empty)] == [(0, 1, 4, 512), (0, 1, 4)]
 
 
 def test_without_a_mask_all_queries_see_all_keys() -> None:
@@ -247,13 +297,12 @@ def test_nothing_but_partials_travels(exchange: str) -> None:
         exchange=exchange,
     )
     text = jax.jit(call).lower(*operands).compile().as_text()
-    kinds = re.findall(r" (all-[a-z-]+?|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text)
     expected = {
         "direct": ["all-gather"] * 2,  # the portable lowering is that of "gather"
         "gather": ["all-gather"] * 2,
         "heads": ["all-gather"] * 2 + ["all-to-all"],
     }
-    assert sorted(kinds) == expected[exchange]
+    assert collectives(text) == expected[exchange]
 
 
 def call_over_mesh(**changes: object) -> Decoded:
@@ -293,6 +342,13 @@ REFUSED = {
     "exchange: got 'ring', expected one of ['direct', 'gather', 'heads']": {"exchange": "ring"},
     "exchange: got 'heads' with 6 query heads, expected a multiple of the 4": {"exchange": "heads"},
 }
+
+
+def test_own_heads_are_whole_ones() -> None:
+    program, operands = own_heads_program(batch(2, h_q=6, h_kv=3), "gather")
+    message = "own_heads: got True with 6 query heads, expected a multiple of the 4 devices"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        program(*operands)
 
 
 @pytest.mark.parametrize("message", REFUSED)

@@ -186,14 +186,12 @@ def decode(
         axis_name=axis_name,
         softmax_scale=config.softmax_scale,
         exchange=exchange,
+        own_heads=True,
         schedules=step.schedules,
         mailboxes=step.mailboxes,
         implementation=implementation,
     )
-    heads = weights.key_up.shape[0]
-    first = jax.lax.axis_index(axis_name) * heads
-    own = jax.lax.dynamic_slice_in_dim(out, first, heads, axis=2)
-    return _sum_of_heads(layer.project_back, weights, own, axis_name), pool
+    return _sum_of_heads(layer.project_back, weights, out, axis_name), pool
 
 
 def prefill(
