@@ -27,6 +27,7 @@ from jax_flashmla.testing import cases, checking, inputs
 
 SIZES = mesh_calls.Sizes(batch=8, heads=64, pages=16, rows=16, dtype="bfloat16")
 CONTEXT = cases.Shape(6, 2, 64, pages=9, pool_pages=64, softmax_scale=mesh_calls.SCALE)
+OVER_CONTEXT = {"axis_name": "context", "softmax_scale": mesh_calls.SCALE}
 ON_ALL_MESHES = ("Auto", "Explicit", "shard_map")
 Arrays = tuple[jax.Array, ...]
 
@@ -158,7 +159,7 @@ def judged(got: Arrays, data: inputs.Inputs, shape: cases.Shape) -> list[str]:
 
 
 def _context(devices: Sequence[jax.Device]) -> Iterator[Check]:
-    """Context parallelism: under both kinds of mesh and inside a shard_map, by both exchanges."""
+    """Context parallelism by every exchange, inside a shard_map also of each device's own heads."""
     n = len(devices)
     for s_q in (1, 2):
         shape = dataclasses.replace(CONTEXT, s_q=s_q)
@@ -175,27 +176,37 @@ def _context(devices: Sequence[jax.Device]) -> Iterator[Check]:
                 function = _context_function(kind, mesh, specs, exchange)
                 what = f"context parallel, {exchange}"
                 yield Check(what, kind, function, placed, faults)
+            if kind == "shard_map":
+                judge = functools.partial(judged, data=data, shape=shape)
+                for exchange in _exchange.EXCHANGES:
+                    function = _inside_shard_map(mesh, specs, exchange, own_heads=True)
+                    yield Check(f"own heads, {exchange}", kind, function, placed, judge)
 
 
 def _context_function(
     kind: str, mesh: Mesh, specs: tuple[P, ...], exchange: str
 ) -> Callable[..., Arrays]:
-    options = {
-        "axis_name": "context",
-        "softmax_scale": mesh_calls.SCALE,
-        "exchange": exchange,
-    }
-    if kind != "shard_map":
-        over = context_parallel.mla_decode_over_mesh
-        return functools.partial(over, mesh=mesh, **options)
+    if kind == "shard_map":
+        return _inside_shard_map(mesh, specs, exchange, own_heads=False)
+    return functools.partial(
+        context_parallel.mla_decode_over_mesh, mesh=mesh, exchange=exchange, **OVER_CONTEXT
+    )
 
+
+def _inside_shard_map(
+    mesh: Mesh, specs: tuple[P, ...], exchange: str, *, own_heads: bool
+) -> Callable[..., Arrays]:
     def local(*arrays: jax.Array) -> Arrays:
         q_latent, q_rope, pool, tables, lengths = arrays
         return context_parallel.mla_decode_context_parallel(
-            *(q_latent, q_rope, pool, tables[0], lengths), **options
+            *(q_latent, q_rope, pool, tables[0], lengths),
+            exchange=exchange,
+            own_heads=own_heads,
+            **OVER_CONTEXT,
         )
 
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    out = P(None, None, "context") if own_heads else P()
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)
 
 
 def _context_faults(data: inputs.Inputs, shape: cases.Shape) -> Callable[[Arrays], list[str]]:
