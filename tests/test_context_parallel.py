@@ -9,57 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from context_cases import (
+    KINDS,
+    SCALE,
+    Decoded,
+    assert_near,
+    batch,
+    collectives,
+    exact,
+    mesh_of,
+    truth,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_flashmla import context_parallel
-from jax_flashmla.testing import cases, compare, inputs, oracle
-
-FLOAT32_TOLERANCE = 2e-5
-SCALE = 0.07
-KINDS = [AxisType.Auto, AxisType.Explicit]
-Decoded = tuple[jax.Array, jax.Array]
-
-
-def mesh_of(axis_type: AxisType = AxisType.Auto, **axes: int) -> jax.sharding.Mesh:
-    devices = jax.local_devices(backend="cpu")[: int(np.prod(list(axes.values())))]
-    kinds = (axis_type,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
-
-
-def lengths_around(s_q: int, width: int) -> np.ndarray:
-    """Every way in which a length can lie to the pages and to the steps of the mask."""
-    edges = [0, 1, s_q - 1, s_q, 63, 64, 65, 64 + s_q - 1, 64 + s_q, 127, 128, 192, 191 + s_q]
-    return np.minimum([*edges, 64 * width - 1, 64 * width], 64 * width).astype(np.int32)
-
-
-@functools.cache
-def batch(s_q: int, dtype: str = "float32", h_q: int = 4, h_kv: int = 1) -> inputs.Inputs:
-    lengths = lengths_around(s_q, width=5)
-    shape = cases.Shape(
-        len(lengths), s_q, h_q, h_kv, pages=5, pool_pages=80, dtype=dtype, softmax_scale=SCALE
-    )
-    full = inputs.make_inputs(cases.Case(shape, "full"))
-    return inputs.Inputs(*full.arrays()[:4], jnp.asarray(lengths))
-
-
-@functools.cache
-def truth(s_q: int, dtype: str = "float32", *, causal: bool = True) -> oracle.truth.Truth:
-    return exact(batch(s_q, dtype), causal=causal)
-
-
-def exact(data: inputs.Inputs, *, causal: bool = True) -> oracle.truth.Truth:
-    q_latent, q_rope, *rest = (np.asarray(x) for x in data.arrays())
-    q = np.concatenate([q_latent, q_rope], axis=-1)
-    return oracle.attend(q, *rest, softmax_scale=SCALE, causal=causal)
-
-
-def assert_near(got: Decoded, expected: oracle.truth.Truth) -> None:
-    for x, y in zip(got, (expected.out, expected.lse), strict=True):
-        wanted = y[: len(x)]  # some tests take the first requests of a batch
-        np.testing.assert_allclose(x, wanted, atol=FLOAT32_TOLERANCE, rtol=FLOAT32_TOLERANCE)
+from jax_flashmla.testing import cases, compare, inputs
 
 
 def over_mesh(data: inputs.Inputs, mesh: jax.sharding.Mesh, **options: object) -> Decoded:
@@ -68,12 +35,6 @@ def over_mesh(data: inputs.Inputs, mesh: jax.sharding.Mesh, **options: object) -
         **({"axis_name": "context", "mesh": mesh, "softmax_scale": SCALE} | options),
     )
     return jax.jit(call)(*context_pools.operands(data, mesh.shape["context"]))
-
-
-def collectives(text: str) -> list[str]:
-    """Those of a compiled program, sorted."""
-    kinds = re.findall(r" (all-[a-z-]+?|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text)
-    return sorted(kinds)
 
 
 QUERIES_AND_DEVICES = (
@@ -109,50 +70,6 @@ def test_bfloat16_is_as_good_as_an_ideal_kernel(s_q: int, n: int, exchange: str)
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_exchange_gives_the_same_result(n: int, exchange: str, axis_type: AxisType) -> None:
     assert_near(over_mesh(batch(4), mesh_of(axis_type, context=n), exchange=exchange), truth(4))
-
-
-def own_heads_program(
-    data: inputs.Inputs, exchange: str, axis_type: AxisType = AxisType.Auto
-) -> tuple[Callable, list[jax.Array]]:
-    """Over 4 devices, and its operands."""
-    specs = P(), P(), P("context"), P("context"), P()
-    heads = P(None, None, "context", None), P(None, None, "context")
-    mesh = mesh_of(axis_type, context=4)
-
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=heads)
-    def decode(
-        q_latent: jax.Array, q_rope: jax.Array, pool: jax.Array, tables: jax.Array, *rest: jax.Array
-    ) -> Decoded:
-        return context_parallel.mla_decode_context_parallel(
-            *(q_latent, q_rope, pool, tables[0], *rest),
-            axis_name="context",
-            softmax_scale=SCALE,
-            exchange=exchange,
-            own_heads=True,
-        )
-
-    operands = zip(context_pools.operands(data, 4), specs, strict=True)
-    return jax.jit(decode), [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in operands]
-
-
-@pytest.mark.parametrize("axis_type", KINDS)
-@pytest.mark.parametrize("exchange", ["direct", "gather", "heads"])
-def test_each_device_may_have_its_own_heads_alone(exchange: str, axis_type: AxisType) -> None:
-    program, operands = own_heads_program(batch(4), exchange, axis_type)
-    assert_near(program(*operands), truth(4))
-
-
-def test_own_heads_take_one_collective() -> None:
-    program, operands = own_heads_program(batch(2), "heads")
-    text = program.lower(*operands).compile().as_text()
-    assert collectives(text) == ["all-to-all"]
-
-
-def test_own_heads_of_an_empty_batch() -> None:
-    program, operands = own_heads_program(batch(1), "gather")
-    q_latent, q_rope, pools, tables, lengths = operands
-    empty = q_latent[:0], q_rope[:0], pools, tables[:, :0], lengths[:0]
-    assert [x.shape for x in program(*empty)] == [(0, 1, 4, 512), (0, 1, 4)]
 
 
 def test_without_a_mask_all_queries_see_all_keys() -> None:
@@ -342,13 +259,6 @@ REFUSED = {
     "exchange: got 'ring', expected one of ['direct', 'gather', 'heads']": {"exchange": "ring"},
     "exchange: got 'heads' with 6 query heads, expected a multiple of the 4": {"exchange": "heads"},
 }
-
-
-def test_own_heads_are_whole_ones() -> None:
-    program, operands = own_heads_program(batch(2, h_q=6, h_kv=3), "gather")
-    message = "own_heads: got True with 6 query heads, expected a multiple of the 4 devices"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        program(*operands)
 
 
 @pytest.mark.parametrize("message", REFUSED)
