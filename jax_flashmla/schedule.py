@@ -109,17 +109,17 @@ def _cutting(starts: jax.Array, num_sm_parts: int) -> tuple[jax.Array, _Cutting]
     shares = least + more
     pages = jnp.maximum(least - REQUEST_COST, 1) + more  # of a part, where requests stand apart
 
-    def cost(shares: jax.Array, splits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pieces = splits.sum(axis=0, dtype=jnp.int32)
+    def cost(shares: jax.Array, splits: jax.Array, pieces: jax.Array) -> jax.Array:
         merge = jnp.where(pieces > batch, MERGE_COST, 0)
         twice = jnp.where(_merges_twice(splits).any(axis=0), num_sm_parts // 2, 0)
-        return (shares - least + merge) * num_sm_parts + twice + PIECE_COST * pieces, pieces
+        return (shares - least + merge) * num_sm_parts + twice + PIECE_COST * pieces
 
-    row = _Cutting(shares[None], REQUEST_COST, 1)
-    cost_in_row, _ = cost(shares, _splits(starts[:, None], row))
-    cost_apart, pieces_apart = cost(pages, _parts_apart(starts[:, None], pages[None]))
-    cost_apart = jnp.where(pieces_apart <= num_sm_parts, cost_apart, INT32_MAX)
-    costs = jnp.stack([cost_apart, cost_in_row], axis=1)
+    in_row = _splits(starts[:, None], _Cutting(shares[None], REQUEST_COST, 1))
+    alone = _parts_apart(starts[:, None], pages[None])
+    pieces_in_row, pieces_alone = (x.sum(axis=0, dtype=jnp.int32) for x in (in_row, alone))
+    cost_alone = cost(pages, alone, pieces_alone)
+    cost_apart = jnp.where(pieces_alone <= num_sm_parts, cost_alone, INT32_MAX)
+    costs = jnp.stack([cost_apart, cost(shares, in_row, pieces_in_row)], axis=1)
     choice = jnp.argmin(costs).astype(jnp.int32)
     share, apart_pages, apart = shares[choice // 2], pages[choice // 2], choice % 2 == 0
     parts = jnp.cumsum(_parts_apart(starts, apart_pages), dtype=jnp.int32)
