@@ -15,7 +15,6 @@ struct Blocks {
   static constexpr bool kFew = kMostRows < decode::kRowTile;
   static constexpr int kWarps = kFew ? 4 : 8;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kGroups = kWarps * kWarpGroups;
   // Of a part, for each row tile of a KV head: no more than there is work for, so that the blocks
   // of all parts start on the SMs that the decode kernel leaves first, and none behind its last.
   // Parts with many tiles have three for each: 256 rows, 1 x 4096, 15.2 -> 14.0 us, while 64 and

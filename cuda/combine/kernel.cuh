@@ -1,57 +1,70 @@
 // Merges the partial results of split requests: out = Σ w_k O_k / Σ w_k, w_k = exp(lse_k - max
 // lse).
 //
-// A group of 8 lanes reads 128-byte lines of a split. Of at most 16 splits it merges up to four
-// lines alone; more are divided among the groups of a warp, or of several. A lane asks for all it
-// needs at once, before the weights are known. The order of addition is always the same, and so are
-// the bits.
+// A group of lanes reads 128-byte lines of splits: 8 lanes those of at most 8 splits, 16 lanes
+// those of at most 16. Of so many it merges a line or two alone; more are divided among the groups
+// of a warp, or of several. A lane asks for all it needs at once, before the weights are known. The
+// order of addition is always the same, and so are the bits.
 //
 // The time is that of instructions, many of them fetched for the first time: so there are few, and
-// what can be is done before the decode kernel has ended.
+// what can be is done before the decode kernel has ended. The code of both kernels has to fit the
+// SM's instruction cache: 10 KB more here make rows that never run them 2% slower (H200).
 #pragma once
 
 #include "warp_sum.cuh"
 
 namespace flashmla::combine {
 
-static_assert(schedule::kSmoothSplits == 2 * Lines<1>::kSplits);
+static_assert(schedule::kSmoothSplits == Lines<1, 16>::kSplits);
 
-// Few splits: a group merges kLines lines alone, a single one in two turns if need be.
-template <class T, int kMostRows, int kLines>
+// A lane's words of a line to their places. Splits of row tiles have their columns as fragments
+// have them: lanes that have four words swap them first.
+template <bool kInOrder, int kWords>
+__device__ __forceinline__ void store_words(uint32_t* line, uint32_t (&words)[kWords], int lane,
+                                            bool valid) {
+  if constexpr (kWords == 4) {
+    if constexpr (!kInOrder) decode::transpose_quad(words);
+    if (valid) {
+      reinterpret_cast<uint4*>(line)[lane] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  } else if (valid) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int place = lane * kWords + w;
+      line[kInOrder ? place : decode::transposed_word(place)] = words[w];
+    }
+  }
+}
+
+// Few splits: a Group of lanes merges its lines alone.
+template <class T, int kMostRows, class Group>
 __device__ __forceinline__ void merge_few(const Merge& merge, const Share& share, int block,
                                           int blocks) {
-  constexpr int kGroups = Blocks<kMostRows>::kGroups;
+  constexpr int kLines = Group::kLines;
+  constexpr int kGroups = Blocks<kMostRows>::kThreads / Group::kLanes;
   // Shares begin anywhere; neighbours agree on whose the lines are that straddle an edge.
   const int begin = schedule::ceil_div(share.begin_line, kLines) + block * kGroups;
   const int end = schedule::ceil_div(share.end_line, kLines);
 #pragma unroll 1
   for (int base = begin; base < end; base += blocks * kGroups) {
-    const bool valid = base + Merge::group() < end;
-    const int line = (valid ? base + Merge::group() : base) * kLines;
-    Lines<kLines> lines;
-    if constexpr (kLines > 1) {
-      lines.add(merge, line, 0, share.splits);
-    } else {
-#pragma unroll 1
-      for (int split = 0; split < share.splits; split += Lines<1>::kSplits) {
-        lines.add(merge, line, split, min(split + Lines<1>::kSplits, share.splits));
-      }
-    }
+    const bool valid = base + Group::group() < end;
+    const int line = (valid ? base + Group::group() : base) * kLines;
+    Group lines;
+    lines.template add<true>(merge, line, 0, share.splits);
     const float factor = decode::inverse_sum(lines.weighing.total);
-    uint32_t* const target = merge.target(line);
+    const unsigned vector = merge.vector(line);
+    uint32_t* const target = merge.target(vector, line);
 #pragma unroll
     for (int l = 0; l < kLines; ++l) {
-      uint32_t words[kLaneColumns / 2];
+      uint32_t words[Group::kColumns / 2];
 #pragma unroll
-      for (int w = 0; w < kLaneColumns / 2; ++w) {
+      for (int w = 0; w < Group::kColumns / 2; ++w) {
         words[w] = pack_pair<T>(lines.sum[l][2 * w] * factor, lines.sum[l][2 * w + 1] * factor);
       }
-      if constexpr (!Blocks<kMostRows>::kFew) decode::transpose_quad(words);
-      if (!valid) continue;
-      reinterpret_cast<uint4*>(target)[l * kGroupLanes + Merge::lane()] =
-          make_uint4(words[0], words[1], words[2], words[3]);
+      store_words<Blocks<kMostRows>::kFew>(target + l * (kLineColumns / 2), words, Group::lane(),
+                                           valid);
     }
-    if (valid && Merge::lane() == 0) merge.store_lse(line, lines.weighing);
+    if (valid && Group::lane() == 0) merge.store_lse(vector, line, lines.weighing);
   }
 }
 
@@ -68,7 +81,7 @@ __device__ __forceinline__ void merge_many(const Merge& merge, const Share& shar
   const int team = 1 << team_bits;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const bool first_of_team = (warp & team - 1) == 0;
-  const int member = Merge::group() & kWarpGroups * team - 1;
+  const int member = Lines<1>::group() & kWarpGroups * team - 1;
   const int member_splits = schedule::ceil_div(share.splits, kWarpGroups * team);
   const int begin_split = member * member_splits;
   const int end_split = min(begin_split + member_splits, share.splits);
@@ -81,7 +94,7 @@ __device__ __forceinline__ void merge_many(const Merge& merge, const Share& shar
     Lines<1> lines;
 #pragma unroll 1
     for (int split = begin_split; split < begin_split + member_splits; split += kSplits) {
-      lines.add(merge, line, split, min(split + kSplits, end_split));
+      lines.template add<false>(merge, line, split, min(split + kSplits, end_split));
     }
     WarpSum sum(lines);
     if (team > 1) {
@@ -94,8 +107,9 @@ __device__ __forceinline__ void merge_many(const Merge& merge, const Share& shar
     if (!first_of_team || wanted >= share.end_line) continue;
     const float factor = decode::inverse_sum(sum.weighing.total);
     const int word = Blocks<kMostRows>::kFew ? sum.pair() : decode::transposed_word(sum.pair());
-    merge.target(line)[word] = pack_pair<T>(sum.sum.x * factor, sum.sum.y * factor);
-    if (threadIdx.x % 32 == 0) merge.store_lse(line, sum.weighing);
+    const unsigned vector = merge.vector(line);
+    merge.target(vector, line)[word] = pack_pair<T>(sum.sum.x * factor, sum.sum.y * factor);
+    if (threadIdx.x % 32 == 0) merge.store_lse(vector, line, sum.weighing);
   }
 }
 
@@ -110,12 +124,12 @@ __global__ void __launch_bounds__(Blocks<kMostRows>::kThreads, Blocks<kMostRows>
   const Merge merge(a, share);
   if (share.empty()) {
     // nothing to do
-  } else if (share.splits <= Lines<4>::kSplits) {
-    merge_few<T, kMostRows, 4>(merge, share, block, blocks_per_part);
   } else if (share.splits <= Lines<2>::kSplits) {
-    merge_few<T, kMostRows, 2>(merge, share, block, blocks_per_part);
-  } else if (share.splits <= schedule::kSmoothSplits) {
-    merge_few<T, kMostRows, 1>(merge, share, block, blocks_per_part);
+    merge_few<T, kMostRows, Lines<2>>(merge, share, block, blocks_per_part);
+  } else if (share.splits <= Lines<1>::kSplits) {
+    merge_few<T, kMostRows, Lines<1>>(merge, share, block, blocks_per_part);
+  } else if (share.splits <= Lines<1, 16>::kSplits) {
+    merge_few<T, kMostRows, Lines<1, 16>>(merge, share, block, blocks_per_part);
   } else {
     merge_many<T, kMostRows>(merge, share, block, blocks_per_part);
   }

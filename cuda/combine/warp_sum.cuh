@@ -16,7 +16,7 @@ struct WarpSum {
     const float max_lse = max_over<32, kGroupLanes>(lines.weighing.max_lse);
     const float factor = weight_of(lines.weighing.max_lse, max_lse);
     weighing = {max_lse, sum_over<32, kGroupLanes>(lines.weighing.total * factor)};
-    constexpr int kHalf = kLaneColumns / 2;
+    constexpr int kHalf = Lines<1>::kColumns / 2;
     float half[kHalf];
 #pragma unroll
     for (int c = 0; c < kHalf; ++c) {
@@ -29,7 +29,7 @@ struct WarpSum {
 
   // Which two of a line's columns.
   __device__ static __forceinline__ int pair() {
-    return Merge::lane() * kLaneColumns / 2 + (is_upper(2 * kGroupLanes) ? 2 : 0) +
+    return Lines<1>::lane() * Lines<1>::kColumns / 2 + (is_upper(2 * kGroupLanes) ? 2 : 0) +
            (is_upper(kGroupLanes) ? 1 : 0);
   }
 

@@ -18,14 +18,23 @@ struct Arguments {
   CUtensorMap q_latent_map;
   CUtensorMap q_rope_map;
   DecodeParams params;
-  int rows;          // R: packed query rows per request and KV head
-  int heads_per_kv;  // h_q / h_kv; packed row r is query r / heads_per_kv
-  int row_tiles;     // ceil(rows / 64)
-  int max_length;    // keys that a block_table row can hold
-  float scale_log2;  // softmax_scale * log2(e)
-  bool few;          // rows are decode_few's; its splits have their columns in order, those
-                     // of tiles as fragments have them (epilogue.cuh)
+  int rows;                           // R: packed query rows per request and KV head
+  int heads_per_kv;                   // h_q / h_kv; packed row r is query r / heads_per_kv
+  int row_tiles;                      // ceil(rows / 64)
+  int max_length;                     // keys that a block_table row can hold
+  float scale_log2;                   // softmax_scale * log2(e)
+  schedule::Divider by_rows;          // divides by rows,
+  schedule::Divider by_heads_per_kv;  // and by heads_per_kv
+  bool few;  // rows are decode_few's; its splits have their columns in order, those
+             // of tiles as fragments have them (epilogue.cuh)
 };
+
+inline void set_rows(Arguments& a, int rows, int heads_per_kv) {
+  a.rows = rows;
+  a.heads_per_kv = heads_per_kv;
+  a.by_rows = schedule::make_divider(rows);
+  a.by_heads_per_kv = schedule::make_divider(heads_per_kv);
+}
 
 // Neighbouring blocks read the same pages at the same time: row tiles run fastest.
 struct BlockPlace {
@@ -44,8 +53,8 @@ __device__ __forceinline__ BlockPlace block_place(const Arguments& a) {
 // Index of a packed row among the [batch, s_q, h_q] query vectors.
 __device__ __forceinline__ long long query_vector(const Arguments& a, int request, int kv_head,
                                                   int row) {
-  const int query = row / a.heads_per_kv;
-  const int head = kv_head * a.heads_per_kv + row % a.heads_per_kv;
+  const int query = a.by_heads_per_kv.quotient(row);
+  const int head = kv_head * a.heads_per_kv + row - query * a.heads_per_kv;
   return (static_cast<long long>(request) * a.params.s_q + query) * a.params.h_q + head;
 }
 

@@ -187,7 +187,7 @@ class Math {
     int limit[2];
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int query = (place_.first_row + fragment_row(which)) / a_.heads_per_kv;
+      const int query = a_.by_heads_per_kv.quotient(place_.first_row + fragment_row(which));
       limit[which] = visible_keys(item.length, query, a_.params.s_q, a_.params.causal);
     }
     mask_scores(scores_, first_key, limit);

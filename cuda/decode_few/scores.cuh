@@ -40,7 +40,7 @@ class Scores {
       : storage_(storage), barriers_(storage.small.barriers), a_(a), kv_head_(kv_head) {
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) {
-      const int query = (fragment_query_row(i / 2) + i % 2) / a.heads_per_kv;
+      const int query = a.by_heads_per_kv.quotient(fragment_query_row(i / 2) + i % 2);
       hidden_keys_[i / 2][i % 2] = -decode::visible_keys(0, query, a.params.s_q, a.params.causal);
     }
   }

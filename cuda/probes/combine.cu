@@ -103,8 +103,7 @@ void compare(Mismatches& mismatches, int splits) {
   a.params.h_q = kHeadsQ;
   a.params.h_kv = kHeadsKv;
   a.params.num_sm_parts = splits;
-  a.rows = kRows;
-  a.heads_per_kv = kHeadsQ / kHeadsKv;
+  decode::set_rows(a, kRows, kHeadsQ / kHeadsKv);
   a.few = in_order;
   using Blocks = combine::Blocks<kMostRows>;
   constexpr int blocks = Blocks::per_tile(kHeadsKv) * kHeadsKv;

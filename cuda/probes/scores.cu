@@ -56,7 +56,8 @@ void compare(Mismatches& mismatches, const Pool& pool, Query query) {
   a.params.q_rope = device_queries.get() + kKvLoraRank;
   a.params.q_latent_stride = a.params.q_rope_stride = kHeadDimQk;
   a.params.s_q = 1;
-  a.params.h_q = a.heads_per_kv = a.rows = kHeads;
+  a.params.h_q = kHeads;
+  set_rows(a, kHeads, kHeads);
   for (int first_row = 0; first_row < kHeads; first_row += decode::kRowTile) {
     result.poison();
     launch_block(scores_kernel<T>, decode::kWarpgroup, a, first_row, result.get());
