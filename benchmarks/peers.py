@@ -89,7 +89,7 @@ class Peer:
 
         problem = as_torch(inputs, kv_cache)
         call = self.prepare(problem)
-        stream = torch.cuda.Stream()
+        stream = _side_stream()
         with torch.cuda.stream(stream):
             out = call(problem.tables[0])
         stream.synchronize()
@@ -103,6 +103,14 @@ class Peer:
 
         start = functools.partial(_replay, graph, (problem, call))
         return Lane(self.name, calls, start, torch.cuda.synchronize)
+
+
+@functools.cache
+def _side_stream() -> "torch.cuda.Stream":
+    """For all captures: more streams than a few in a process make short calls slower."""
+    import torch
+
+    return torch.cuda.Stream()
 
 
 def _replay(graph: "torch.cuda.CUDAGraph", read: object) -> None:  # noqa: ARG001

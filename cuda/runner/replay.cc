@@ -1,9 +1,21 @@
 #include "replay.h"
 
 namespace flashmla::runner {
+namespace {
 
-Replay::Replay(const Launches& launches) {
-  note(cudaStreamCreate(&stream_));
+// nullptr, the default stream, if it cannot be made: then capturing says so.
+cudaStream_t shared_stream() {
+  static const cudaStream_t stream = [] {
+    cudaStream_t made = nullptr;
+    cudaStreamCreate(&made);
+    return made;
+  }();
+  return stream;
+}
+
+}  // namespace
+
+Replay::Replay(const Launches& launches) : stream_(shared_stream()) {
   note(cudaEventCreate(&begin_));
   note(cudaEventCreate(&end_));
   note(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
@@ -19,7 +31,6 @@ Replay::~Replay() {
   if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
   cudaEventDestroy(begin_);
   cudaEventDestroy(end_);
-  cudaStreamDestroy(stream_);
 }
 
 float Replay::run(int times) {

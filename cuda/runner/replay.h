@@ -1,4 +1,6 @@
-// A CUDA graph of launches, replayed and timed.
+// A CUDA graph of launches, replayed and timed. All of a process use one stream: where more than
+// about nine are alive, short calls take up to 10% longer (H200: 64 heads, 1 x 4096 9.9 -> 10.8
+// us).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -31,7 +33,7 @@ class Replay {
   void note(cudaError_t status);
 
   const char* error_ = nullptr;
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t stream_;
   cudaGraphExec_t graph_ = nullptr;
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
 };
