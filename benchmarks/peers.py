@@ -107,7 +107,7 @@ class Peer:
 
 @functools.cache
 def _side_stream() -> "torch.cuda.Stream":
-    """For all captures: more streams than a few in a process make short calls slower."""
+    """For all captures, so that a run of many rows is not a process of many streams."""
     import torch
 
     return torch.cuda.Stream()
