@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   init_barriers(storage.small.barriers, warp);
   clear_padding(storage, arguments.rows, warp);
   Guess guess;
-  if (warp == kProducerWarp) guess = prefetch_first_page<kRows>(arguments, kv_head);
+  if (warp == kProducerWarp) guess = look_ahead<kRows>(arguments, kv_head);
   if (early) {
     sm90::wait_for_previous_kernel();
     schedule_row.ask(arguments, static_cast<int>(blockIdx.x));
