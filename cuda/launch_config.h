@@ -13,9 +13,10 @@ class LaunchConfig {
  public:
   // `early`: programmatic dependent launch. The kernel must call wait_for_previous_kernel before
   // it relies on what it reads from global memory, or writes any.
-  // `cluster`: so many neighbours of the grid run on neighbouring SMs, and at once.
+  // `pairs`: neighbours of a grid of an even width run two by two, on the two SMs of a TPC and at
+  // once. Pairs fill one GPC after the other, single blocks all GPCs alike (README.md).
   LaunchConfig(dim3 blocks, int threads, size_t shared_bytes, cudaStream_t stream, bool early,
-               int cluster = 1) {
+               bool pairs) {
     config_.gridDim = blocks;
     config_.blockDim = dim3(static_cast<unsigned>(threads));
     config_.dynamicSmemBytes = shared_bytes;
@@ -25,9 +26,9 @@ class LaunchConfig {
       add(cudaLaunchAttributeProgrammaticStreamSerialization)
           .programmaticStreamSerializationAllowed = 1;
     }
-    if (cluster > 1) {
+    if (pairs && blocks.x % 2 == 0) {
       auto& size = add(cudaLaunchAttributeClusterDimension).clusterDim;
-      size.x = static_cast<unsigned>(cluster);
+      size.x = 2;
       size.y = size.z = 1;
     }
   }

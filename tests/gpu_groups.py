@@ -51,6 +51,9 @@ RUNNER = _words(
     "b=3 h_q=24 h_kv=3 len=300,0,1025 causal=0",
     "b=2 h_q=128 len=8192 parts=1",
     "b=2 h_q=64 len=8192,100 parts=500",
+    "b=2 h_q=64 len=700,65 parts=7",
+    "b=2 h_q=16 len=700,65 parts=7",
+    "b=2 h_q=16 len=4096,100 early=0",
     "b=133 h_q=20 len=200",
     "b=1 h_q=16 s_q=128 len=300",
     "b=32 h_q=128 len=2048 repeats=50",
@@ -70,7 +73,9 @@ SANITIZED = _words(
 )
 DELAYS = tuple(
     (*words, "repeats=20", f"delay={seed}")
-    for words, seed in itertools.product((RUNNER[1], RUNNER[3], RUNNER[4]), (1, 2))
+    for words, seed in itertools.product(
+        (RUNNER[1], RUNNER[3], RUNNER[4], (*RUNNER[4], "early=0")), (1, 2)
+    )
 )
 
 

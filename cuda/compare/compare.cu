@@ -162,12 +162,19 @@ bool compare(const char* rows, int count, char** paths) {
   for (const auto& build : builds) std::printf(" %14s", build->name.c_str());
   std::printf("\n");
   std::ifstream file(rows);
-  std::unique_ptr<Pool> pool;  // of the first row; one KV head and one dtype for all rows
+  std::unique_ptr<Pool> pool;  // the first row's, for all
+  Options first;
   for (std::string line; std::getline(file, line);) {
     Options options;
     if (line.empty() || line[0] == '#') continue;
     if (!parse_row(line, options)) return false;
-    if (pool == nullptr) pool = std::make_unique<Pool>(options);
+    if (pool == nullptr) {
+      pool = std::make_unique<Pool>(options);
+      first = options;
+    } else if (options.h_kv != first.h_kv || options.fp16 != first.fp16) {
+      std::printf("FAIL %s: another h_kv or dtype than the first row's\n", line.c_str());
+      return false;
+    }
     if (!compare_row(line, options, *pool, builds)) return false;
   }
   return true;

@@ -85,11 +85,9 @@ template <class T>
 const char* launch_tiles(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;
   const long long blocks = static_cast<long long>(p.h_kv) * a.row_tiles * p.num_sm_parts;
-  // Tiles that read the same pages, two by two on neighbouring SMs: 1 to 2% faster with 128 rows,
-  // 0.7% with 256, though they share nothing else (H200). Four would leave SMs idle.
-  const int cluster = a.row_tiles % 2 == 0 ? 2 : 1;
   const LaunchConfig config(static_cast<unsigned>(blocks), decode::kThreads,
-                            sizeof(decode::Storage), stream, p.early_start, cluster);
+                            sizeof(decode::Storage), stream, p.early_start,
+                            /*pairs=*/a.row_tiles == 1 || a.row_tiles % 2 == 0);
   return config.launch(p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>,
                        a);
 }
@@ -101,7 +99,7 @@ const char* launch_combine(const Arguments& a, cudaStream_t stream) {
   const int tiles = p.h_kv * a.row_tiles;
   const long long blocks = static_cast<long long>(Blocks::per_tile(tiles)) * tiles;
   const LaunchConfig config(static_cast<unsigned>(blocks * p.num_sm_parts), Blocks::kThreads, 0,
-                            stream, true);
+                            stream, /*early=*/true, /*pairs=*/Blocks::kFew);
   return config.launch(combine::combine_kernel<T, kMostRows>, a, static_cast<int>(blocks));
 }
 

@@ -90,7 +90,7 @@ const char* launch(const decode::Arguments& common, cudaStream_t stream) {
   const Kernel kernel = pick(a.params.element_type, a.rows, a.params.serial);
   const LaunchConfig config(
       dim3(static_cast<unsigned>(a.params.num_sm_parts), static_cast<unsigned>(a.params.h_kv)),
-      kThreads, kernel.shared_bytes, stream, a.params.early_start);
+      kThreads, kernel.shared_bytes, stream, a.params.early_start, /*pairs=*/true);
   return config.launch(kernel.function, a);
 }
 

@@ -1,6 +1,6 @@
 // A CUDA graph of launches, replayed and timed. All of a process use one stream: where more than
-// about nine are alive, short calls take up to 10% longer (H200: 64 heads, 1 x 4096 9.9 -> 10.8
-// us).
+// eight have been at work, the GPU places blocks otherwise, and short calls take longer
+// (benchmarks/README.md).
 #pragma once
 
 #include <cuda_runtime_api.h>
