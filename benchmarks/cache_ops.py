@@ -43,7 +43,8 @@ class Row:
     """One measured call.
 
     Attributes:
-        kind: "append", "rotated" (append with cos and sin), "gather" or "merge".
+        kind: "append", "rotated" (append with cos and sin), "projected" (append_projected behind a
+            query of 1536), "gather" or "merge".
         sizes: n rows; requests and tokens of each; n partials, rows and 512 columns of float32.
         large: whether it is held against copy bandwidth, else against a time.
     """
@@ -65,7 +66,7 @@ class Row:
         if self.kind == "merge":
             partials, rows = self.sizes
             return (partials + 1) * rows * (4 * 512 + 4)
-        rotation = 2 * 32 * 4 if self.kind == "rotated" else 0
+        rotation = 2 * 32 * 4 if self.kind != "append" else 0
         return self.sizes[0] * (2 * TOKEN_BYTES + 4 + rotation)
 
     def shrunk(self) -> "Row":
@@ -73,8 +74,9 @@ class Row:
         return dataclasses.replace(self, sizes=tuple(min(size, 70) for size in self.sizes))
 
 
+APPENDS = "append", "rotated", "projected"
 ROWS = (
-    *(Row(kind, (n,), n > 1000) for kind in ("append", "rotated") for n in (1, 128, 131072)),
+    *(Row(kind, (n,), n > 1000) for kind in APPENDS for n in (1, 128, 131072)),
     *(Row("gather", (b, length), b > 1) for b, length in ((1, 1024), (32, 4096), (128, 4096))),
     *(Row("merge", (n, rows), False) for n, rows in ((2, 16), (8, 128), (64, 16))),
     *(Row("merge", (n, rows), True) for n, rows in ((2, 65536), (8, 32768), (64, 4096))),
@@ -125,15 +127,27 @@ def make_call(row: Row) -> Call:
         return jax.jit(cache.gather), (pool, table, jnp.full(requests, length, jnp.int32))
     (n,) = row.sizes
     pages = max(256, -(-n // 64))
+    angles = jnp.asarray(rng.uniform(-9, 9, (n, 32)), jnp.float32)
+    rotation = jnp.cos(angles), jnp.sin(angles)
+    slots = jnp.asarray(rng.permutation(pages * 64)[:n], jnp.int32)
+    if row.kind == "projected":
+        projected = jax.random.normal(keys[0], (n, 1536 + 576), jnp.bfloat16)
+        return jax.jit(_append_projected), (cache.make_pool(1, pages), projected, slots, *rotation)
     latent = jax.random.normal(keys[0], (n, 512), jnp.bfloat16)
     rope = jax.random.normal(keys[1], (n, 64), jnp.bfloat16)
-    slots = jnp.asarray(rng.permutation(pages * 64)[:n], jnp.int32)
     arrays = cache.make_pool(1, pages), latent, rope, slots
     if row.kind == "append":
         return jax.jit(cache.append), arrays
-    angles = jnp.asarray(rng.uniform(-9, 9, (n, 32)), jnp.float32)
     append = jax.jit(lambda *x: cache.append(*x[:4], cos=x[4], sin=x[5], rope_interleave=True))
-    return append, (*arrays, jnp.cos(angles), jnp.sin(angles))
+    return append, (*arrays, *rotation)
+
+
+def _append_projected(
+    pool: jax.Array, projected: jax.Array, slots: jax.Array, cos: jax.Array, sin: jax.Array
+) -> jax.Array:
+    norm = {"latent_norm": jnp.ones(512, jnp.bfloat16), "norm_eps": 1e-6}
+    rotation = {"cos": cos, "sin": sin, "rope_interleave": True}
+    return cache.append_projected(pool, projected, slots, **norm, **rotation)
 
 
 def _kernel_seconds(call: Call, named: str) -> float:

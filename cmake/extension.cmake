@@ -10,6 +10,7 @@ pybind11_add_module(_cuda NO_EXTRAS
   cuda/module.cc
   cuda/ffi/address_handler.cc
   cuda/ffi/append_handler.cc
+  cuda/ffi/append_projected_handler.cc
   cuda/ffi/arguments.cc
   cuda/ffi/cache_arguments.cc
   cuda/ffi/decode_handler.cc

@@ -26,6 +26,7 @@ py::dict registrations() {
   targets["jax_flashmla_schedule"] = target(flashmla_schedule_handler);
   targets["jax_flashmla_decode"] = target(flashmla_decode_handler);
   targets["jax_flashmla_append"] = target(flashmla_append_handler);
+  targets["jax_flashmla_append_projected"] = target(flashmla_append_projected_handler);
   targets["jax_flashmla_gather"] = target(flashmla_gather_handler);
   targets["jax_flashmla_merge"] = target(flashmla_merge_handler);
   targets["jax_flashmla_address"] = target(flashmla_address_handler);

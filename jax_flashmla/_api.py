@@ -95,7 +95,7 @@ def flash_mla_with_kvcache(
         (arrays[0], *arrays),  # the joined queries, in the place of both parts
         given,
         num_sm_parts=parts,
-        softmax_scale=_shapes.check_softmax_scale(scale),
+        softmax_scale=_shapes.check_positive("softmax_scale", scale),
         causal=_shapes.check_flag("causal", causal),
         implementation=None,
     )
@@ -178,7 +178,7 @@ def mla_decode(
         arrays,
         given,
         num_sm_parts=parts,
-        softmax_scale=_shapes.check_softmax_scale(softmax_scale),
+        softmax_scale=_shapes.check_positive("softmax_scale", softmax_scale),
         causal=_shapes.check_flag("causal", causal),
         implementation=implementation,
     )

@@ -1,10 +1,12 @@
-"""The primitives of the cache: append and gather."""
+"""The primitives of the cache: the two appends and gather."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 
 from jax_flashmla import (
@@ -13,6 +15,7 @@ from jax_flashmla import (
     _ffi,
     _manual_axes,
     _mesh,
+    _norm,
     _operation,
     _pool,
     _shapes,
@@ -23,16 +26,21 @@ from jax_flashmla._dispatch import Implementation
 from jax_flashmla._operation import Arrays
 
 append_p = Primitive("flashmla_append")
+append_projected_p = Primitive("flashmla_append_projected")
 gather_p = Primitive("flashmla_gather")
 
 
 def append(arrays: Arrays, *, interleave: bool, implementation: Implementation) -> jax.Array:
     """Appends checked rows: cache, latent, rope, slots and, to rotate, cos and sin."""
-    cache, latent, *_ = arrays
-    if 0 in (cache.shape[0], latent.shape[0]):
-        return cache
-    function = _append_function(interleave, implementation)
-    return function(*_manual_axes.align(arrays))[0]
+    return _write(_APPEND, arrays, interleave=interleave, implementation=implementation)
+
+
+def append_projected(
+    arrays: Arrays, *, interleave: bool, norm_eps: float, implementation: Implementation
+) -> jax.Array:
+    """Norms, rotates and appends: cache, projected, slots, latent_norm, cos, sin, checked."""
+    static = {"interleave": interleave, "norm_eps": norm_eps, "implementation": implementation}
+    return _write(_APPEND_PROJECTED, arrays, **static)
 
 
 def gather(arrays: Arrays, *, implementation: Implementation) -> jax.Array:
@@ -46,28 +54,62 @@ def gather(arrays: Arrays, *, implementation: Implementation) -> jax.Array:
 # The functions around the primitives, one per set of static arguments.
 
 
-@functools.cache
-def _append_function(interleave: bool, implementation: Implementation) -> Callable:
-    static = {"interleave": interleave, "implementation": implementation}
+@dataclasses.dataclass(frozen=True)
+class _Append:
+    """What the appends differ in.
 
+    Attributes:
+        primitive: Of one device. Its first operands are the cache and [n, ...].
+        dims: Over a mesh.
+        shared: Operands that all rows share.
+    """
+
+    primitive: Primitive
+    dims: Dims
+    shared: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the operands."""
+        return tuple(name for name, _ in self.dims.operands)
+
+
+def _write(kind: _Append, arrays: Arrays, **static: object) -> jax.Array:
+    if 0 in (arrays[0].shape[0], arrays[1].shape[0]):
+        return arrays[0]
+    return _append_function(kind, **static)(*_manual_axes.align(arrays))[0]
+
+
+@functools.cache
+def _append_function(kind: _Append, **static: object) -> Callable:
     def local(*arrays: jax.Array) -> list[jax.Array]:
-        return append_p.bind(*arrays, **static)
+        return kind.primitive.bind(*arrays, **static)
 
     @jax.custom_batching.custom_vmap
     def call(*arrays: jax.Array) -> list[jax.Array]:
-        return list(_mesh.spread(local, _APPEND_DIMS, arrays))
+        return list(_mesh.spread(local, kind.dims, arrays))
 
     @call.def_vmap
     def fold(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple:
         if not in_batched[0]:
             raise ValueError(
                 "cache: got one page pool for rows mapped by vmap, expected a pool mapped with"
-                " them: append the rows of all requests in one call, latent [n, 512]"
+                " them: append the rows of all requests in one call"
             )
-        cache, *rows = _operation.spread(axis_size, in_batched, arrays)
-        slots = _offset(rows[2], cache.shape[1] * _shapes.PAGE_SIZE)
-        folded = [x.reshape(-1, *x.shape[2:]) for x in (cache, *rows[:2], slots, *rows[3:])]
-        return [append(tuple(folded), **static).reshape(cache.shape)], [True]
+        folded = []
+        for name, array, batched in zip(kind.names, arrays, in_batched, strict=False):
+            if name in kind.shared:
+                if batched:
+                    raise ValueError(
+                        f"{name}: got one for each row of a vmap, expected one for all"
+                    )
+                folded.append(array)
+                continue
+            (full,) = _operation.spread(axis_size, [batched], [array])
+            if name == "slots":
+                full = _offset(full, arrays[0].shape[1] * _shapes.PAGE_SIZE)
+            folded.append(full.reshape(-1, *full.shape[2:]))
+        return [_write(kind, tuple(folded), **static).reshape(arrays[0].shape)], [True]
 
     return _operation.inference_only("append", call)
 
@@ -117,6 +159,21 @@ _APPEND_DIMS = Dims(
     sharded=frozenset(["rows"]),
     follows=(("pages", "rows", False),),  # else the pools would become different
 )
+_APPEND_PROJECTED_DIMS = Dims(
+    operands=(
+        ("cache", _POOL),
+        ("projected", "rows width"),
+        ("slots", "rows"),
+        ("latent_norm", "latent"),
+        ("cos", "rows pairs"),
+        ("sin", "rows pairs"),
+    ),
+    results=(_POOL,),
+    sharded=frozenset(["rows"]),
+    follows=(("pages", "rows", False),),
+)
+_APPEND = _Append(append_p, _APPEND_DIMS)
+_APPEND_PROJECTED = _Append(append_projected_p, _APPEND_PROJECTED_DIMS, ("latent_norm",))
 _GATHER_DIMS = Dims(
     operands=(("cache", _POOL), ("block_table", "batch width"), ("cache_seqlens", "batch")),
     results=("batch tokens kv_heads columns",),
@@ -133,6 +190,14 @@ def _append_results(
 ) -> list[jax.core.ShapedArray]:
     _cache_shapes.check_append(*operands)
     _dispatch.check_request(implementation, _refusal(*operands))
+    return [_manual_axes.result(operands, operands[0].shape, operands[0].dtype)]
+
+
+def _append_projected_results(
+    *operands: jax.core.ShapedArray, implementation: Implementation, **_: object
+) -> list[jax.core.ShapedArray]:
+    _cache_shapes.check_append_projected(*operands)
+    _dispatch.check_request(implementation, projected_refusal(*operands))
     return [_manual_axes.result(operands, operands[0].shape, operands[0].dtype)]
 
 
@@ -164,6 +229,25 @@ def _kernel_append(*operands: jax.Array, interleave: bool, **static: object) -> 
     return call(*operands, interleave=interleave)
 
 
+def _portable_append_projected(
+    *operands: jax.Array, interleave: bool, norm_eps: float, **_: object
+) -> list[jax.Array]:
+    cache, projected, slots, latent_norm, *rotation = operands
+    cached = projected[:, -_shapes.HEAD_DIM_QK :]
+    latent, key = jnp.split(cached, [_shapes.KV_LORA_RANK], axis=-1)
+    latent = _norm.rms_norm(latent, latent_norm, norm_eps)
+    return _portable_append(cache, latent, key, slots, *rotation, interleave=interleave)
+
+
+def _kernel_append_projected(
+    *operands: jax.Array, interleave: bool, norm_eps: float, **static: object
+) -> Sequence[jax.Array]:
+    results = _append_projected_results(*map(jax.typeof, operands), **static)
+    target = _ffi.APPEND_PROJECTED_TARGET
+    call = jax.ffi.ffi_call(target, results, input_output_aliases={0: 0})
+    return call(*operands, interleave=interleave, norm_eps=np.float32(norm_eps))
+
+
 def _portable_gather(
     cache: jax.Array, block_table: jax.Array, cache_seqlens: jax.Array, **_: object
 ) -> list[jax.Array]:
@@ -183,9 +267,26 @@ def _refusal(*operands: jax.Array) -> str | None:
     return _dispatch.dtype_refusal(operands[0].dtype)
 
 
+def projected_refusal(*operands: jax.Array) -> str | None:
+    width = operands[1].shape[1]
+    if width % 8:
+        return f"projected has {width} columns; the kernel reads 16 bytes at a time"
+    return _refusal(*operands)
+
+
 _operation.define(
     append_p,
     _operation.Rules("append", _append_results, _kernel_append, _portable_append, _refusal),
+)
+_operation.define(
+    append_projected_p,
+    _operation.Rules(
+        "append_projected",
+        _append_projected_results,
+        _kernel_append_projected,
+        _portable_append_projected,
+        projected_refusal,
+    ),
 )
 _operation.define(
     gather_p,

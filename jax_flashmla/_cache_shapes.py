@@ -56,12 +56,41 @@ def check_append(
     check_shape("rope", rope, (rows, ROPE_DIM))
     for name, array in (("latent", latent), ("rope", rope)):
         check_dtype(name, array, cache.dtype)
+    _check_rows(rows, slots, rotation)
+    return rows
+
+
+def check_append_projected(
+    cache: jax.Array,
+    projected: jax.Array,
+    slots: jax.Array,
+    latent_norm: jax.Array,
+    *rotation: jax.Array,
+) -> int:
+    """Checks the arrays of `append_projected`; returns the rows, n.
+
+    Raises:
+        ValueError: a shape is wrong.
+        TypeError: a dtype is wrong.
+    """
+    check_pool(cache, 1)
+    check_shape("projected", projected, ("n", "w"))
+    rows, width = projected.shape
+    if width < HEAD_DIM_QK:
+        raise ValueError(f"projected: got {width} columns, expected at least {HEAD_DIM_QK}")
+    check_shape("latent_norm", latent_norm, (KV_LORA_RANK,))
+    for name, array in (("projected", projected), ("latent_norm", latent_norm)):
+        check_dtype(name, array, cache.dtype)
+    _check_rows(rows, slots, rotation)
+    return rows
+
+
+def _check_rows(rows: int, slots: jax.Array, rotation: tuple[jax.Array, ...]) -> None:
     check_shape("slots", slots, (rows,))
     check_dtype("slots", slots, jnp.int32)
     for name, array in zip(("cos", "sin"), rotation, strict=bool(rotation)):
         check_shape(name, array, (rows, ROPE_PAIRS))
         check_dtype(name, array, jnp.float32)
-    return rows
 
 
 def check_gather(

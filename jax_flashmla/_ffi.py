@@ -9,6 +9,7 @@ import jax
 SCHEDULE_TARGET = "jax_flashmla_schedule"
 DECODE_TARGET = "jax_flashmla_decode"
 APPEND_TARGET = "jax_flashmla_append"
+APPEND_PROJECTED_TARGET = "jax_flashmla_append_projected"
 GATHER_TARGET = "jax_flashmla_gather"
 MERGE_TARGET = "jax_flashmla_merge"
 ADDRESS_TARGET = "jax_flashmla_address"
@@ -17,6 +18,7 @@ TARGETS = (
     SCHEDULE_TARGET,
     DECODE_TARGET,
     APPEND_TARGET,
+    APPEND_PROJECTED_TARGET,
     GATHER_TARGET,
     MERGE_TARGET,
     ADDRESS_TARGET,

@@ -162,21 +162,21 @@ def check_count(name: str, value: int) -> int:
     return int(value)
 
 
-def check_softmax_scale(value: float) -> float:
-    """Checks the static softmax scale.
+def check_positive(name: str, value: float) -> float:
+    """Checks a static number, such as the softmax scale.
 
     Raises:
         TypeError: it is traced, an array, or no number.
         ValueError: it is not finite and positive in float32.
     """
-    _refuse_array("softmax_scale", value, "a Python or NumPy number")
+    _refuse_array(name, value, "a Python or NumPy number")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"softmax_scale: got {value!r}, expected a Python or NumPy number")
-    scale = float(value)
+        raise TypeError(f"{name}: got {value!r}, expected a Python or NumPy number")
+    number = float(value)
     smallest, largest = (float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max))
-    if not (math.isfinite(scale) and smallest <= scale <= largest):
-        raise ValueError(f"softmax_scale: got {scale}, expected a finite positive float32")
-    return scale
+    if not (math.isfinite(number) and smallest <= number <= largest):
+        raise ValueError(f"{name}: got {number}, expected a finite positive float32")
+    return number
 
 
 def check_flag(name: str, value: bool) -> bool:

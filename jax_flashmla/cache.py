@@ -24,7 +24,15 @@ from jax_flashmla._dispatch import Implementation
 from jax_flashmla._page_copy import copy_pages
 from jax_flashmla._pool import layer_block_table, layer_slots, make_pool
 
-__all__ = ["append", "copy_pages", "gather", "layer_block_table", "layer_slots", "make_pool"]
+__all__ = [
+    "append",
+    "append_projected",
+    "copy_pages",
+    "gather",
+    "layer_block_table",
+    "layer_slots",
+    "make_pool",
+]
 
 
 def append(
@@ -84,6 +92,63 @@ def append(
     _cache_shapes.check_append(*arrays)
     _dispatch.check_request(implementation, _dispatch.dtype_refusal(arrays[0].dtype))
     return _cache_primitives.append(arrays, interleave=interleave, implementation=implementation)
+
+
+def append_projected(
+    cache: jax.Array,
+    projected: jax.Array,
+    slots: jax.Array,
+    *,
+    latent_norm: jax.Array,
+    norm_eps: float,
+    cos: jax.Array,
+    sin: jax.Array,
+    rope_interleave: bool = False,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Norms, rotates and writes the newest tokens, as a layer's down projection gives them.
+
+    In four lines, of which the kernel is one::
+
+        latent, rope = jnp.split(projected[:, -576:], [512], axis=-1)
+        scale = jax.lax.rsqrt(jnp.mean(latent**2, -1, keepdims=True) + norm_eps)  # in float32
+        latent = latent * scale * latent_norm                                     # rounded once
+        cache = append(cache, latent, rope, slots, cos=cos, sin=sin, ...)
+
+    Slots, donation and meshes are as in `append`.
+
+    Args:
+        cache: page pool `[num_pages, 64, 1, 576]`, bfloat16, float16 or float32.
+        projected: `[n, w]` of the same dtype, w ≥ 576: the last 576 columns of a row are its latent
+            before the norm and its rotary key before the rotation. For the kernel w is a multiple
+            of 8.
+        slots: int32 `[n]`, `page * 64 + offset` of each row, -1 for none.
+        latent_norm: the norm's weights `[512]`, of the cache's dtype.
+        norm_eps: what the norm adds to the mean of squares.
+        cos: float32 `[n, 32]`.
+        sin: float32 `[n, 32]`.
+        rope_interleave: as in `append`.
+        implementation: as in `append`.
+
+    Returns:
+        The cache with the rows written, `[num_pages, 64, 1, 576]`.
+
+    Raises:
+        ValueError: a shape, value or sharding is wrong; rows are mapped by vmap over one pool.
+        TypeError: a dtype is wrong, or a static argument is traced.
+        RuntimeError: `implementation="cuda"` cannot run on the platform that is lowered for.
+        NotImplementedError: it is differentiated.
+    """
+    arrays = _shapes.as_arrays(
+        cache=cache, projected=projected, slots=slots, latent_norm=latent_norm, cos=cos, sin=sin
+    )
+    interleave = _shapes.check_flag("rope_interleave", rope_interleave)
+    eps = _shapes.check_positive("norm_eps", norm_eps)
+    _cache_shapes.check_append_projected(*arrays)
+    _dispatch.check_request(implementation, _cache_primitives.projected_refusal(*arrays))
+    return _cache_primitives.append_projected(
+        arrays, interleave=interleave, norm_eps=eps, implementation=implementation
+    )
 
 
 def gather(

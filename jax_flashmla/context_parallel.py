@@ -109,7 +109,7 @@ def mla_decode_context_parallel(
     own_heads = _shapes.check_flag("own_heads", own_heads)
     _exchange.check(exchange, shape.h_q, n, own_heads=own_heads)
     options = {
-        "softmax_scale": _shapes.check_softmax_scale(softmax_scale),
+        "softmax_scale": _shapes.check_positive("softmax_scale", softmax_scale),
         "num_sm_parts": num_sm_parts,
         "implementation": implementation,
     }

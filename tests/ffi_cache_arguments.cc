@@ -39,6 +39,26 @@ struct AppendCall {
   }
 };
 
+// The same rows behind a low-rank query of 32.
+struct AppendProjectedCall {
+  Buffer cache = {Dtype::F16, {7, 64, 1, 576}};
+  Buffer projected = {Dtype::F16, {5, 608}};
+  Buffer slots = {Dtype::S32, {5}};
+  Buffer latent_norm = {Dtype::F16, {512}};
+  Buffer cos = {Dtype::F32, {5, 32}};
+  Buffer sin = {Dtype::F32, {5, 32}};
+  Buffer written_cache = {Dtype::F16, {7, 64, 1, 576}};
+  bool aliased = true;
+
+  ffi::ErrorOr<cache::AppendParams> params() {
+    ffi::AnyBuffer written = written_cache.view();
+    if (aliased) written_cache.raw.data = &cache;
+    return append_projected_params({cache.view(), projected.view(), slots.view(),
+                                    latent_norm.view(), cos.view(), sin.view(), written},
+                                   true, 1e-5f);
+  }
+};
+
 // Three requests of up to five pages, two KV heads.
 struct GatherCall {
   Buffer cache = {Dtype::F16, {7, 64, 2, 576}};
@@ -101,6 +121,34 @@ void test_append_errors() {
          [](AppendCall& c) { c.rotation[1].shape[1] = 64; });
 }
 
+void test_append_projected() {
+  AppendProjectedCall call;
+  const auto params = call.params();
+  expect(params.has_value(), "a legal append of projected rows is accepted");
+  if (!params.has_value()) return;
+  const auto* const rows = reinterpret_cast<const uint16_t*>(&call.projected);
+  expect(params->latent == rows + 32 && params->rope == rows + 32 + 512, "where a row begins");
+  expect(params->latent_stride == 608 && params->rope_stride == 608, "from row to row");
+  expect(params->norm == &call.latent_norm && params->norm_eps == 1e-5f, "the norm");
+  expect(params->rotation == cache::Rotation::kInterleaved && params->rows == 5, "the rest");
+
+  const auto breaks = expect_error<AppendProjectedCall>;
+  breaks("projected: got 568 columns, expected 576 or more, a multiple of 8",
+         [](AppendProjectedCall& c) { c.projected.shape[1] = 568; });
+  breaks("projected: got 612 columns, expected 576 or more, a multiple of 8",
+         [](AppendProjectedCall& c) { c.projected.shape[1] = 612; });
+  breaks("projected: got bfloat16[5,608], expected float16[n,n]",
+         [](AppendProjectedCall& c) { c.projected.dtype = Dtype::BF16; });
+  breaks("latent_norm: got float16[576], expected float16[512]",
+         [](AppendProjectedCall& c) { c.latent_norm.shape = {576}; });
+  breaks("slots: got int32[4], expected int32[5]",
+         [](AppendProjectedCall& c) { c.slots.shape = {4}; });
+  breaks("sin: got float32[5,64], expected float32[5,32]",
+         [](AppendProjectedCall& c) { c.sin.shape[1] = 64; });
+  breaks("cache: got another buffer than the result's, expected the same (operand 0 aliased)",
+         [](AppendProjectedCall& c) { c.aliased = false; });
+}
+
 void test_gather() {
   GatherCall call;
   const auto params = call.params();
@@ -149,6 +197,7 @@ void test_merge() {
 int main() {
   flashmla::test_append();
   flashmla::test_append_errors();
+  flashmla::test_append_projected();
   flashmla::test_gather();
   flashmla::test_merge();
   return flashmla::failures == 0 ? 0 : 1;

@@ -45,6 +45,12 @@ def append(*arrays: jax.Array) -> Arrays:
     return (cache.append(*arrays[:4], **rotation),)
 
 
+def append_projected(*arrays: jax.Array) -> Arrays:
+    names = "latent_norm", "cos", "sin"
+    rest = dict(zip(names, arrays[3:], strict=True))
+    return (cache.append_projected(*arrays[:3], **rest, norm_eps=1e-6),)
+
+
 def schedule(lengths: jax.Array) -> Arrays:
     return tuple(jax_flashmla.get_mla_metadata(lengths, 16, 1, num_sm_parts=3))
 
@@ -70,7 +76,7 @@ class Call:
         if self.paged is not None:
             indices = arrays[self.paged]
             pages = self.arrays[2 if self.function is decode else 0].shape[0] // self.shards
-            size = pages * (64 if self.function is append else 1)
+            size = pages * (64 if self.function in (append, append_projected) else 1)
             shard = np.arange(len(indices), dtype=np.int32) // (len(indices) // self.shards)
             moved = indices + size * shard.reshape(-1, *[1] * (indices.ndim - 1))
             arrays[self.paged] = np.where(indices < 0, indices, moved)
@@ -125,6 +131,7 @@ def calls(sizes: Sizes) -> dict[str, Call]:
     joined = np.concatenate(arrays[:2], axis=-1)
     grouped = decode_arrays(dataclasses.replace(sizes, kv_heads=4))
     new = append_arrays(sizes)
+    projected = new[0], np.concatenate(new[1:3], axis=-1), new[3], normal(sizes.dtype, 512)
     rows = sizes.batch, sizes.heads
     partials = normal(sizes.dtype, 3, *rows, 32), normal("float32", 3, *rows)
     both, data = (BOTH, BOTH, NONE, DATA, DATA), P("data")
@@ -147,6 +154,13 @@ def calls(sizes: Sizes) -> dict[str, Call]:
         ),
         "append, one pool": Call(append, new[:4], (NONE,) * 4, (NONE,)),
         "append, pool with the rows": Call(append, new, (DATA,) * 6, (DATA,), paged=3),
+        "append_projected, pool with the rows": Call(
+            append_projected,
+            (*projected, *new[4:]),
+            (DATA, DATA, DATA, NONE, DATA, DATA),
+            (DATA,),
+            paged=2,
+        ),
         "merge": Call(
             jax_flashmla.merge_partials,
             partials,

@@ -3,9 +3,11 @@
 import functools
 import re
 from collections.abc import Callable
+from types import ModuleType
 
 import context_pools
 import exported_exchange
+import exported_projected
 import exported_step
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,8 @@ STABLE_TARGETS_OF_EXCHANGE = {
     "jax_flashmla_address",
     "jax_flashmla_exchange",
 }
+
+STABLE_TARGETS_OF_PROJECTED = {"jax_flashmla_append_projected"}
 
 decode = functools.partial(jax_flashmla.mla_decode, softmax_scale=SCALE, num_sm_parts=5)
 
@@ -153,7 +157,8 @@ def test_a_batch_without_bound_goes_to_cuda() -> None:
 
 
 def test_targets_are_those_of_exported_programs() -> None:
-    assert set(exporting.TARGETS) == STABLE_TARGETS | STABLE_TARGETS_OF_EXCHANGE
+    kept = STABLE_TARGETS | STABLE_TARGETS_OF_EXCHANGE | STABLE_TARGETS_OF_PROJECTED
+    assert set(exporting.TARGETS) == kept
 
 
 def mesh_of(axis_type: AxisType) -> jax.sharding.Mesh:
@@ -226,13 +231,17 @@ def test_beside_manual_axes_an_auto_axis_is_refused_too() -> None:
         round_trip(mapped, *arrays)
 
 
-def test_the_kept_program_still_runs() -> None:
-    kept = export.deserialize(exported_step.PATH.read_bytes())
-    assert kept.platforms == exported_step.PLATFORMS
-    assert targets(kept) == STABLE_TARGETS
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [(exported_step, STABLE_TARGETS), (exported_projected, STABLE_TARGETS_OF_PROJECTED)],
+)
+def test_the_kept_program_still_runs(program: ModuleType, wanted: set[str]) -> None:
+    kept = export.deserialize(program.PATH.read_bytes())
+    assert kept.platforms == program.PLATFORMS
+    assert targets(kept) == wanted
     for batch in (1, 4):
-        arguments = exported_step.arguments(batch)
-        assert_near(kept.call(*arguments), jax.jit(exported_step.step)(*arguments))
+        arguments = program.arguments(batch)
+        assert_near(kept.call(*arguments), jax.jit(program.step)(*arguments))
 
 
 def test_the_kept_program_of_two_gpus_is_what_would_be_exported_today() -> None:
@@ -253,11 +262,12 @@ def test_for_several_platforms_the_direct_exchange_is_a_gather() -> None:
     assert_same(jax.jit(exported.call)(*placed), jax.jit(function)(*placed))
 
 
-def test_the_kept_program_is_what_would_be_exported_today() -> None:
-    kept, today = export.deserialize(exported_step.PATH.read_bytes()), exported_step.exported()
+@pytest.mark.parametrize("program", [exported_step, exported_projected])
+def test_the_kept_program_is_what_would_be_exported_today(program: ModuleType) -> None:
+    kept, today = export.deserialize(program.PATH.read_bytes()), program.exported()
     assert kept.in_tree == today.in_tree
     assert kept.out_tree == today.out_tree
-    assert len(signatures(kept)) >= len(STABLE_TARGETS)
+    assert len(signatures(kept)) >= len(targets(kept))
     assert signatures(kept) == signatures(today)
 
 

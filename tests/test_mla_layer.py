@@ -177,12 +177,15 @@ def test_cuda_gets_kernels_and_nothing_else_touches_the_pool(weights: mla.MLAWei
     described = [jax.ShapeDtypeStruct(*x) for x in shapes]
     text = jax.jit(step).trace(*described).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"stablehlo.custom_call @(jax_flashmla_\w+)\(", text)
-    assert calls == ["jax_flashmla_schedule", *["jax_flashmla_append", "jax_flashmla_decode"] * 2]
+    assert calls == [
+        "jax_flashmla_schedule",
+        *["jax_flashmla_append_projected", "jax_flashmla_decode"] * 2,
+    ]
     pool = f"tensor<{2 * PAGES}x64x1x576xbf16>"
     makers = [line for line in text.splitlines() if re.search(rf"(->|:) {pool}$", line)]
     makers = [line for line in makers if "return" not in line]
     assert len(makers) == 2
-    assert all("@jax_flashmla_append(" in line for line in makers)
+    assert all("@jax_flashmla_append_projected(" in line for line in makers)
 
 
 @pytest.mark.parametrize(

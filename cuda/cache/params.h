@@ -18,6 +18,10 @@ struct AppendParams {
   void* cache;         // [num_pages, 64, 1, 576]
   const void* latent;  // [rows, 512]
   const void* rope;    // [rows, 64]
+  int latent_stride;   // elements from a row to the next
+  int rope_stride;     // the same
+  const void* norm;    // [512], or nullptr: no norm; the latent is divided by its root mean
+  float norm_eps;      // square, to which this is added, and multiplied by that
   const int* slots;    // [rows]: page * 64 + offset; anything outside the pool writes nothing
   const float* cos;    // [rows, 32], with a rotation
   const float* sin;    // [rows, 32], with a rotation

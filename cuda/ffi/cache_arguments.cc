@@ -11,6 +11,7 @@ using cache::Rotation;
 using merge::MergeParams;
 
 constexpr int kVectorColumns = 8;  // the kernels move 16 bytes, or 32 of float32, at a time
+constexpr int64_t kMostColumns = 1 << 30;
 
 ffi::Error check_float(const char* name, ffi::DataType dtype) {
   if (dtype == kFloat32 || check_half(name, dtype).success()) return ffi::Error::Success();
@@ -18,6 +19,16 @@ ffi::Error check_float(const char* name, ffi::DataType dtype) {
 }
 
 // cos and sin as [rows, 32], into `params`.
+ffi::Error read_rotation(const ffi::AnyBuffer& cos, const ffi::AnyBuffer& sin, bool interleave,
+                         AppendParams& params) {
+  const Shape shape = {params.rows, kRopeDim / 2};
+  params.rotation = interleave ? Rotation::kInterleaved : Rotation::kHalfSplit;
+  params.cos = data<const float>(cos);
+  params.sin = data<const float>(sin);
+  return check({{"cos", cos, kFloat32, shape}, {"sin", sin, kFloat32, shape}});
+}
+
+// The same where they may be left out.
 ffi::Error read_rotation(const ffi::RemainingArgs& rotation, bool interleave,
                          AppendParams& params) {
   if (rotation.size() == 0) return ffi::Error::Success();
@@ -28,54 +39,91 @@ ffi::Error read_rotation(const ffi::RemainingArgs& rotation, bool interleave,
   const ffi::ErrorOr<ffi::AnyBuffer> sin = rotation.get<ffi::AnyBuffer>(1);
   if (cos.has_error()) return cos.error();
   if (sin.has_error()) return sin.error();
-  const Shape shape = {params.rows, kRopeDim / 2};
-  const ffi::Error error = check({{"cos", *cos, kFloat32, shape}, {"sin", *sin, kFloat32, shape}});
-  params.rotation = interleave ? Rotation::kInterleaved : Rotation::kHalfSplit;
-  params.cos = data<const float>(*cos);
-  params.sin = data<const float>(*sin);
+  return read_rotation(*cos, *sin, interleave, params);
+}
+
+// The pool, before and after, and where its new rows go.
+struct Places {
+  ffi::AnyBuffer cache;
+  ffi::AnyBuffer slots;
+  ffi::AnyBuffer written_cache;
+};
+
+// Into `params`, which get the number of rows, and the cache's dtype.
+ffi::Error read_places(const Places& places, int64_t rows, AppendParams& params) {
+  const ffi::DataType dtype = places.cache.element_type();
+  const int64_t num_pages = shape_of(places.cache)[0];
+  ffi::Error error = check_count("n", rows);
+  if (error.success()) {
+    error = check(
+        {{"slots", places.slots, kInt32, {rows}},
+         {"written cache", places.written_cache, dtype, {num_pages, kPageSize, 1, kHeadDimQk}}});
+  }
+  if (error.failure()) return error;
+  if (places.cache.untyped_data() != places.written_cache.untyped_data()) {
+    return mismatch("cache", "another buffer than the result's", "the same (operand 0 aliased)");
+  }
+  params.element_type = element_type(dtype);
+  params.cache = data<void>(places.written_cache);
+  params.slots = data<const int>(places.slots);
+  params.rows = static_cast<int>(rows);
+  params.num_pages = static_cast<int>(num_pages);
   return error;
+}
+
+ffi::Error check_cache(const ffi::AnyBuffer& cache) {
+  const ffi::DataType dtype = cache.element_type();
+  const ffi::Error error = check_half("cache", dtype);
+  if (error.failure()) return error;
+  return check({{"cache", cache, dtype, {kAnySize, kPageSize, 1, kHeadDimQk}}});
 }
 
 }  // namespace
 
 ffi::ErrorOr<AppendParams> append_params(const AppendBuffers& buffers, bool interleave) {
   const ffi::DataType dtype = buffers.cache.element_type();
-  ffi::Error error = check_half("cache", dtype);
-  if (error.success()) {
-    error = check({{"cache", buffers.cache, dtype, {kAnySize, kPageSize, 1, kHeadDimQk}},
-                   {"latent", buffers.latent, dtype, {kAnySize, kKvLoraRank}}});
-  }
+  ffi::Error error = check_cache(buffers.cache);
+  if (error.success()) error = check({{"latent", buffers.latent, dtype, {kAnySize, kKvLoraRank}}});
   if (error.failure()) return ffi::Unexpected(error);
 
-  const int64_t num_pages = shape_of(buffers.cache)[0];
   const int64_t rows = shape_of(buffers.latent)[0];
-  error = check_count("n", rows);
-  if (error.success()) {
-    error = check(
-        {{"rope", buffers.rope, dtype, {rows, kRopeDim}},
-         {"slots", buffers.slots, kInt32, {rows}},
-         {"written cache", buffers.written_cache, dtype, {num_pages, kPageSize, 1, kHeadDimQk}}});
-  }
+  AppendParams params = {};
+  error = read_places({buffers.cache, buffers.slots, buffers.written_cache}, rows, params);
+  if (error.success()) error = check({{"rope", buffers.rope, dtype, {rows, kRopeDim}}});
+  if (error.success()) error = read_rotation(buffers.rotation, interleave, params);
   if (error.failure()) return ffi::Unexpected(error);
-  if (buffers.cache.untyped_data() != buffers.written_cache.untyped_data()) {
-    return ffi::Unexpected(
-        mismatch("cache", "another buffer than the result's", "the same (operand 0 aliased)"));
-  }
+  params.latent = data<const void>(buffers.latent);
+  params.rope = data<const void>(buffers.rope);
+  params.latent_stride = kKvLoraRank;
+  params.rope_stride = kRopeDim;
+  return params;
+}
 
-  AppendParams params = {
-      .element_type = element_type(dtype),
-      .rotation = Rotation::kNone,
-      .cache = data<void>(buffers.written_cache),
-      .latent = data<const void>(buffers.latent),
-      .rope = data<const void>(buffers.rope),
-      .slots = data<const int>(buffers.slots),
-      .cos = nullptr,
-      .sin = nullptr,
-      .rows = static_cast<int>(rows),
-      .num_pages = static_cast<int>(num_pages),
-  };
-  error = read_rotation(buffers.rotation, interleave, params);
+ffi::ErrorOr<AppendParams> append_projected_params(const AppendProjectedBuffers& buffers,
+                                                   bool interleave, float norm_eps) {
+  const ffi::DataType dtype = buffers.cache.element_type();
+  ffi::Error error = check_cache(buffers.cache);
+  if (error.success())
+    error = check({{"projected", buffers.projected, dtype, {kAnySize, kAnySize}}});
   if (error.failure()) return ffi::Unexpected(error);
+
+  const int64_t rows = shape_of(buffers.projected)[0];
+  const int64_t width = shape_of(buffers.projected)[1];
+  if (width < kHeadDimQk || width > kMostColumns || width % kVectorColumns != 0) {
+    return ffi::Unexpected(
+        mismatch("projected", std::to_string(width) + " columns", "576 or more, a multiple of 8"));
+  }
+  AppendParams params = {};
+  error = read_places({buffers.cache, buffers.slots, buffers.written_cache}, rows, params);
+  if (error.success()) error = check({{"latent_norm", buffers.latent_norm, dtype, {kKvLoraRank}}});
+  if (error.success()) error = read_rotation(buffers.cos, buffers.sin, interleave, params);
+  if (error.failure()) return ffi::Unexpected(error);
+  const uint16_t* const cached = data<const uint16_t>(buffers.projected) + width - kHeadDimQk;
+  params.latent = cached;
+  params.rope = cached + kKvLoraRank;
+  params.latent_stride = params.rope_stride = static_cast<int>(width);
+  params.norm = data<const void>(buffers.latent_norm);
+  params.norm_eps = norm_eps;
   return params;
 }
 

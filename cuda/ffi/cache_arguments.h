@@ -19,6 +19,16 @@ struct AppendBuffers {
   ffi::AnyBuffer written_cache;  // the first operand's memory
 };
 
+struct AppendProjectedBuffers {
+  ffi::AnyBuffer cache;          // [num_pages, 64, 1, 576]
+  ffi::AnyBuffer projected;      // [n, w]: its last 576 columns are latent and rotary key
+  ffi::AnyBuffer slots;          // [n]
+  ffi::AnyBuffer latent_norm;    // [512]
+  ffi::AnyBuffer cos;            // [n, 32]
+  ffi::AnyBuffer sin;            // [n, 32]
+  ffi::AnyBuffer written_cache;  // the first operand's memory
+};
+
 struct GatherBuffers {
   ffi::AnyBuffer cache;          // [num_pages, 64, h_kv, 576]
   ffi::AnyBuffer block_table;    // [b, max_pages_per_seq]
@@ -36,6 +46,8 @@ struct MergeBuffers {
 // The launch parameters that the buffers spell, or an error naming the argument, what was got and
 // what was expected.
 ffi::ErrorOr<cache::AppendParams> append_params(const AppendBuffers& buffers, bool interleave);
+ffi::ErrorOr<cache::AppendParams> append_projected_params(const AppendProjectedBuffers& buffers,
+                                                          bool interleave, float norm_eps);
 ffi::ErrorOr<cache::GatherParams> gather_params(const GatherBuffers& buffers);
 ffi::ErrorOr<merge::MergeParams> merge_params(const MergeBuffers& buffers);
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax_flashmla import _shapes, cache
 from jax_flashmla._api import mla_decode
 from jax_flashmla._dispatch import Implementation
+from jax_flashmla._norm import rms_norm
 from jax_flashmla.mla.config import MLAConfig
 from jax_flashmla.mla.step import Step
 from jax_flashmla.mla.weights import MLAWeights
@@ -32,8 +33,8 @@ def decode(
 
     In five lines::
 
-        q_nope, q_rope, latent, k_rope = project(weights, config, x, step.cos, step.sin)
-        pool = append(pool, latent, k_rope, step.slots)                      # rotates k_rope
+        q_nope, q_rope, low = project(weights, config, x, step.cos, step.sin)
+        pool = append_projected(pool, low, step.slots, ...)    # norms the latent, rotates the key
         q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, weights.key_up)
         out, _ = mla_decode(q_latent, q_rope, pool, ..., softmax_scale=config.softmax_scale)
         y = jnp.einsum("bshc,hcv->bshv", out, weights.value_up), then the output projection
@@ -92,14 +93,15 @@ def project_and_append(
     _check(weights, config, x, pool, step)
     batch = x.shape[0]
     x, cos, sin = (_at_least_two_rows(array) for array in (x, step.cos, step.sin))
-    q_nope, q_rope, latent, k_rope = project(weights, config, x, cos, sin)
+    q_nope, q_rope, low = project(weights, config, x, cos, sin)
     # Slot -1 writes nothing: the repeated row is not cached twice.
     slots = jnp.pad(step.slots, ((0, x.shape[0] - batch), (0, 0)), constant_values=-1)
-    pool = cache.append(
+    pool = cache.append_projected(
         pool,
-        latent.reshape(-1, latent.shape[-1]),
-        k_rope.reshape(-1, k_rope.shape[-1]),
+        low.reshape(-1, low.shape[-1]),
         slots.reshape(-1),
+        latent_norm=weights.latent_norm,
+        norm_eps=config.latent_norm_eps,
         cos=cos.reshape(-1, cos.shape[-1]),
         sin=sin.reshape(-1, sin.shape[-1]),
         rope_interleave=config.rope_interleave,
@@ -110,8 +112,8 @@ def project_and_append(
 
 def project(
     weights: MLAWeights, config: MLAConfig, x: jax.Array, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Projects hidden states to queries and to what is cached.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Projects hidden states to queries and down to what is cached.
 
     Args:
         weights: of the layer.
@@ -121,22 +123,21 @@ def project(
         sin: float32 `[b, s_q, 32]`.
 
     Returns:
-        q_nope `[b, s_q, h_q, qk_nope_head_dim]`, q_rope `[b, s_q, h_q, 64]` rotated, latent
-        `[b, s_q, 512]` normalised, k_rope `[b, s_q, 64]` not rotated: the append does that.
+        q_nope `[b, s_q, h_q, qk_nope_head_dim]`, q_rope `[b, s_q, h_q, 64]` rotated, and
+        `[b, s_q, q_lora_rank + 576]`, whose last columns are latent and key as they come: the
+        append norms and rotates them.
     """
     low = x @ weights.down
     if weights.down_bias is not None:
         low += weights.down_bias.reshape(1, 1, -1)
     rank = config.q_lora_rank or 0
-    latent = low[..., rank : rank + config.kv_lora_rank]
-    k_rope = low[..., rank + config.kv_lora_rank :]
     if weights.query_norm is not None:
         x = rms_norm(low[..., :rank], weights.query_norm, config.latent_norm_eps)
     q = jnp.einsum("bsr,rhd->bshd", x, weights.query_up)
     q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
     by_head = cos[..., None, :], sin[..., None, :]
     q_rope = rotate(q_rope, *by_head, interleave=config.rope_interleave)
-    return q_nope, q_rope, rms_norm(latent, weights.latent_norm, config.latent_norm_eps), k_rope
+    return q_nope, q_rope, low
 
 
 def absorb(weights: MLAWeights, q_nope: jax.Array) -> jax.Array:
@@ -159,14 +160,6 @@ def project_out(weights: MLAWeights, out: jax.Array) -> jax.Array:
     """Maps the heads' results `[b, s_q, h_q, v_head_dim]` back to `[b, s_q, hidden]`."""
     y = jnp.einsum("bshv,hvd->bsd", out, weights.output)
     return y if weights.output_bias is None else y + weights.output_bias.reshape(1, 1, -1)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last dimension, in float32, rounded once."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
-    row = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-    return (wide * scale * row).astype(x.dtype)
 
 
 def _at_least_two_rows(x: jax.Array) -> jax.Array:

@@ -75,6 +75,34 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, *, interleave: bool)
     return exact(np.concatenate([turned.real, turned.imag], axis=-1), terms, str(x.dtype))
 
 
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> Exact:
+    """Norms `[..., d]`; a sum of d squares is allowed as many roundings again as a product."""
+    wide = x.astype(np.float64)
+    scale = 1 / np.sqrt(np.square(wide).mean(axis=-1, keepdims=True) + eps)
+    values = wide * scale * weight.astype(np.float64)
+    return exact(values, 2 * np.abs(values), str(x.dtype))
+
+
+def projected_faults(
+    got: jax.Array | np.ndarray,
+    arrays: dict[str, np.ndarray],
+    *,
+    eps: float,
+    interleave: bool,
+) -> int:
+    """How many elements of a pool are wrong behind an `append_projected` of these arrays."""
+    slots, pool = arrays["slots"], np.asarray(arrays["cache"])
+    written = np.flatnonzero((slots >= 0) & (slots < len(pool) * 64))
+    latent, key = np.split(np.asarray(arrays["projected"])[written, -576:], [512], axis=-1)
+    cos, sin = arrays["cos"][written], arrays["sin"][written]
+    tokens = np.array(got).reshape(-1, 576)
+    rows = tokens[slots[written]]
+    faults = rms_norm(latent, np.asarray(arrays["latent_norm"]), eps).faults(rows[:, :512])
+    faults += rotate(key, cos, sin, interleave=interleave).faults(rows[:, 512:])
+    tokens[slots[written]] = pool.reshape(-1, 576)[slots[written]]  # the others are untouched
+    return faults + int((bits(tokens) != bits(pool.reshape(-1, 576))).sum())
+
+
 def gather(cache: np.ndarray, block_table: np.ndarray, cache_seqlens: np.ndarray) -> np.ndarray:
     """Copies token by token, `[b, max_pages_per_seq * 64, h_kv, 576]`."""
     batch, width = block_table.shape

@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import P
 
@@ -32,6 +33,29 @@ def append_faults() -> int:
         options = {"rope_interleave": interleave, "implementation": "cuda"}
         got = run(pool, latent, rope, SLOTS, **still, **options)
         faults += int((bits(got) != bits(cache_oracle.append(pool, rows, SLOTS))).sum())
+    return faults
+
+
+def projected_faults() -> int:
+    """Elements of the pool that are wrong after appends of projected rows."""
+    rng = np.random.default_rng(3)
+    angles = rng.uniform(-9, 9, (ROWS, 32))
+    run = jax.jit(
+        cache.append_projected, static_argnames=("norm_eps", "rope_interleave", "implementation")
+    )
+    faults = 0
+    for dtype in (jnp.bfloat16, jnp.float16):
+        arrays = {
+            "cache": rng.standard_normal((PAGES, 64, 1, 576)).astype(dtype),
+            "projected": rng.standard_normal((ROWS, 600)).astype(dtype),
+            "latent_norm": rng.standard_normal(512).astype(dtype),
+            "slots": SLOTS,
+            "cos": np.float32(np.cos(angles)),
+            "sin": np.float32(np.sin(angles)),
+        }
+        for interleave in (False, True):
+            got = run(**arrays, norm_eps=1e-5, rope_interleave=interleave, implementation="cuda")
+            faults += cache_oracle.projected_faults(got, arrays, eps=1e-5, interleave=interleave)
     return faults
 
 
@@ -92,6 +116,7 @@ def exchange_faults() -> int:
 def main() -> int:
     found = {
         "append": append_faults(),
+        "append_projected": projected_faults(),
         "gather": gather_faults(),
         "merge": merge_faults(),
         "exchange": exchange_faults(),

@@ -78,6 +78,30 @@ def test_append_rotates_the_key_and_rounds_once(
     np.testing.assert_array_equal(bits(tokens), bits(expected).reshape(-1, 576))
 
 
+@pytest.mark.parametrize("n", [1, 7, 130])
+@pytest.mark.parametrize("width", [576, 2112])
+@pytest.mark.parametrize("interleave", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_projected_rows_are_normed_and_rotated_and_rounded_once(
+    n: int, width: int, interleave: bool, dtype: str, implementation: str
+) -> None:
+    rng = np.random.default_rng(n)
+    pool, _, _, slots = rows_and_slots(n, dtype)
+    angles = rng.uniform(-9, 9, (n, 32))
+    sizes = np.logspace(-2, 2, n)[:, None]
+    arrays = {
+        "cache": pool,
+        "projected": (rng.standard_normal((n, width)) * sizes).astype(pool.dtype),
+        "latent_norm": (1 + 0.3 * rng.standard_normal(512)).astype(pool.dtype),
+        "slots": slots,
+        "cos": np.float32(np.cos(angles)),
+        "sin": np.float32(np.sin(angles)),
+    }
+    options = {"rope_interleave": interleave, "implementation": implementation}
+    got = cache.append_projected(**arrays, norm_eps=1e-6, **options)
+    assert cache_oracle.projected_faults(got, arrays, eps=1e-6, interleave=interleave) == 0
+
+
 @pytest.mark.parametrize("h_kv", [1, 2, 3])
 @pytest.mark.parametrize("width", [1, 5, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
