@@ -146,34 +146,26 @@ def _offset(indices: jax.Array, size: int) -> jax.Array:
 # Over a mesh.
 
 _POOL = "pages slots kv_heads columns"
-_APPEND_DIMS = Dims(
-    operands=(
-        ("cache", _POOL),
-        ("latent", "rows latent"),
-        ("rope", "rows rope"),
-        ("slots", "rows"),
-        ("cos", "rows pairs"),
-        ("sin", "rows pairs"),
-    ),
-    results=(_POOL,),
-    sharded=frozenset(["rows"]),
-    follows=(("pages", "rows", False),),  # else the pools would become different
+
+
+def _append_dims(*rows: tuple[str, str]) -> Dims:
+    """Of an append of these operands: the rows are sharded only with their pool."""
+    return Dims(
+        operands=(("cache", _POOL), *rows, ("cos", "rows pairs"), ("sin", "rows pairs")),
+        results=(_POOL,),
+        sharded=frozenset(["rows"]),
+        follows=(("pages", "rows", False),),  # else the pools would become different
+    )
+
+
+_APPEND = _Append(
+    append_p, _append_dims(("latent", "rows latent"), ("rope", "rows rope"), ("slots", "rows"))
 )
-_APPEND_PROJECTED_DIMS = Dims(
-    operands=(
-        ("cache", _POOL),
-        ("projected", "rows width"),
-        ("slots", "rows"),
-        ("latent_norm", "latent"),
-        ("cos", "rows pairs"),
-        ("sin", "rows pairs"),
-    ),
-    results=(_POOL,),
-    sharded=frozenset(["rows"]),
-    follows=(("pages", "rows", False),),
+_APPEND_PROJECTED = _Append(
+    append_projected_p,
+    _append_dims(("projected", "rows width"), ("slots", "rows"), ("latent_norm", "latent")),
+    shared=("latent_norm",),
 )
-_APPEND = _Append(append_p, _APPEND_DIMS)
-_APPEND_PROJECTED = _Append(append_projected_p, _APPEND_PROJECTED_DIMS, ("latent_norm",))
 _GATHER_DIMS = Dims(
     operands=(("cache", _POOL), ("block_table", "batch width"), ("cache_seqlens", "batch")),
     results=("batch tokens kv_heads columns",),

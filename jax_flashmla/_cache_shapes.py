@@ -43,8 +43,8 @@ class MergeShape:
 
 def check_append(
     cache: jax.Array, latent: jax.Array, rope: jax.Array, slots: jax.Array, *rotation: jax.Array
-) -> int:
-    """Checks the arrays of `append`, `rotation` being cos and sin or nothing; returns the rows, n.
+) -> None:
+    """Checks the arrays of `append`, `rotation` being cos and sin or nothing.
 
     Raises:
         ValueError: a shape is wrong.
@@ -57,7 +57,6 @@ def check_append(
     for name, array in (("latent", latent), ("rope", rope)):
         check_dtype(name, array, cache.dtype)
     _check_rows(rows, slots, rotation)
-    return rows
 
 
 def check_append_projected(
@@ -66,8 +65,8 @@ def check_append_projected(
     slots: jax.Array,
     latent_norm: jax.Array,
     *rotation: jax.Array,
-) -> int:
-    """Checks the arrays of `append_projected`; returns the rows, n.
+) -> None:
+    """Checks the arrays of `append_projected`.
 
     Raises:
         ValueError: a shape is wrong.
@@ -82,7 +81,6 @@ def check_append_projected(
     for name, array in (("projected", projected), ("latent_norm", latent_norm)):
         check_dtype(name, array, cache.dtype)
     _check_rows(rows, slots, rotation)
-    return rows
 
 
 def _check_rows(rows: int, slots: jax.Array, rotation: tuple[jax.Array, ...]) -> None:
