@@ -76,12 +76,12 @@ def _trace(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
         cells = []
         for batch in result["batches"]:
             name = f"{batch['time_s']:.0f} s, {batch['tpot_ms']:g} ms per token, h{batch['h_q']}"
-            share = judge.floor_us(batch, result["ceilings"]) / batch["us"]
+            kernels_us = batch.get("kernels_us") or batch["us"]
+            share = judge.floor_us(batch, result["ceilings"]) / kernels_us
             shares.append((batch["h_q"], share, name))
             balances.append((batch["busiest"], name))
             cells.append(_trace_cells(batch, share))
-        columns = ("tpot", "h_q", "time s", "requests", "tokens", "us", "share", "busiest", "error")
-        tables.append(_markdown(columns, cells))
+        tables.append(_markdown(_TRACE_COLUMNS, cells))
     return tables, goals.trace_lines(shares, balances)
 
 
@@ -90,6 +90,10 @@ def _mesh(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
     return tables, [line for result in results for line in mesh_report.lines(result)]
 
 
+_TRACE_COLUMNS = (
+    *("tpot", "h_q", "time s", "requests", "tokens"),
+    *("layer us", "kernels us", "share", "busiest", "error"),
+)
 _KINDS = {
     "decode": _decode,
     "heads": _heads,
@@ -169,6 +173,7 @@ def _trace_cells(batch: dict, share: float) -> tuple[str, ...]:
         str(batch["requests"]),
         f"{batch['tokens']:,}",
         f"{batch['us']:.1f}",
+        f"{batch['kernels_us']:.1f}" if batch.get("kernels_us") else "-",
         f"{share:.1%}",
         f"{batch['busiest']:.3f}",
         f"{batch['error']:.2f}",

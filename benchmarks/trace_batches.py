@@ -4,10 +4,12 @@
     python benchmarks/trace_batches.py --quick         # the built-in sample: checks the script
 
 Batches, step and check are those of ``python -m jax_flashmla --trace``: layers in one jit behind
-one schedule, pages shared as the trace's prefixes are.
+one schedule, pages shared as the trace's prefixes are. The share is that of the kernels alone, in a
+CUDA graph and in bursts as decode.py times them.
 """
 
 import argparse
+import ctypes
 import itertools
 import pathlib
 
@@ -15,15 +17,17 @@ import ceilings
 import environment
 import jax
 import jax.numpy as jnp
+import lanes
 import measure
 import numpy as np
+import replays
 import report
 import script
-from workload import PAGE_SIZE, Row, make_pool
+from workload import PAGE_SIZE, SOFTMAX_SCALE, Inputs, Row, make_pool
 
 from jax_flashmla import _demo, get_mla_metadata
 from jax_flashmla._sample import sample_trace
-from jax_flashmla.trace import Request, read_trace, take_moments
+from jax_flashmla.trace import Moment, Request, read_trace, take_moments
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "h200-trace.json"
 TPOT_MS, HEADS = (25.0, 50.0, 100.0), (16, 64, 128)
@@ -44,6 +48,10 @@ def main() -> None:
     pool = make_pool([large.shrunk() if options.quick else large])
     limits = ceilings.measure(pool, effort, options.runner)
     del pool
+    kernels = replays.load(options.runner.parent / replays.LIBRARY)
+    if isinstance(kernels, str):
+        script.say(f"{replays.NAME}: left out, {kernels}")
+        kernels = None
     result = {
         "kind": "trace",
         "env": environment.describe(options.commit),
@@ -53,15 +61,20 @@ def main() -> None:
     }
     settings = list(itertools.product(options.tpot_ms, options.heads))
     for tpot_ms, h_q in script.progress(settings, len(settings), "settings"):
-        result["batches"] += time_batches(requests, tpot_ms, h_q, quick=options.quick)
+        result["batches"] += time_batches(requests, tpot_ms, h_q, kernels, quick=options.quick)
         script.write(result, options, RESULTS)
     print(report.text([result]))
 
 
 def time_batches(
-    requests: tuple[Request, ...], tpot_ms: float, h_q: int, *, quick: bool
+    requests: tuple[Request, ...],
+    tpot_ms: float,
+    h_q: int,
+    kernels: ctypes.CDLL | None,
+    *,
+    quick: bool,
 ) -> list[dict[str, object]]:
-    """The batches of one setting, measured and checked.
+    """The batches of one setting, checked and measured: step and, where they are, kernels alone.
 
     Raises:
         RuntimeError: A result is wrong.
@@ -71,12 +84,17 @@ def time_batches(
     model = _demo.make_model(moments, layers=layers, h_q=h_q, dtype=jnp.bfloat16, seed=0)
     step = _demo.compile_step(model)
     effort = (1, 0.01) if quick else (7, 0.03)
-    padded = (model.q_rope.shape[0], model.max_pages_per_seq)
+    turns = lanes.QUICK if quick else lanes.BURSTS
     batches = []
     for moment in moments:
         done = _demo.run_moment(model, step, moment, repeats=effort[0], seconds=effort[1])
         if done.faults:
             raise RuntimeError("; ".join(done.faults))
+        full = moment.padded(model.q_rope.shape[0], model.max_pages_per_seq)
+        kernels_us = None
+        if kernels is not None:
+            (alone,) = lanes.interleave([replay_lane(kernels, model, full)], turns).values()
+            kernels_us = alone.median * 1e6
         batches.append(
             {
                 "tpot_ms": tpot_ms,
@@ -88,11 +106,28 @@ def time_batches(
                 "bytes": done.work.bytes,
                 "flop": done.work.flop,
                 "us": done.per_layer.median * 1e6,
-                "busiest": busiest(moment.padded(*padded).cache_seqlens, h_q),
+                "kernels_us": kernels_us,
+                "busiest": busiest(full.cache_seqlens, h_q),
                 "error": done.error,
             }
         )
     return batches
+
+
+def replay_lane(kernels: ctypes.CDLL, model: _demo.Model, moment: Moment) -> lanes.Lane:
+    """The model's decode calls on a full batch, back to back in a CUDA graph."""
+    table, lengths = jnp.asarray(moment.block_table), jnp.asarray(moment.cache_seqlens)
+    batch, s_q, h_q, _ = model.q_rope.shape
+    # Replays have a scale of their own; the queries make up for it.
+    factor = _demo.SOFTMAX_SCALE / SOFTMAX_SCALE
+    inputs = Inputs(
+        *((query * factor).astype(query.dtype) for query in (model.q_latent, model.q_rope)),
+        tuple(table + layer * model.num_pages for layer in range(model.layers)),
+        lengths,
+        get_mla_metadata(lengths, h_q, s_q),
+    )
+    row = Row(h_q, s_q, batch, int(moment.cache_seqlens.max()))
+    return replays.lane(kernels, row, inputs, model.kv_cache, model.layers)
 
 
 def busiest(cache_seqlens: np.ndarray, h_q: int) -> float:

@@ -113,3 +113,4 @@ def test_script_runs_on_tiny_shapes(script: str, tmp_path: pathlib.Path) -> None
         assert set(result["left_out"]) == {"jax_flashmla replayed", "vllm_flashmla", "fa3"}
     if script == "trace_batches.py":
         assert [batch["tpot_ms"] for batch in result["batches"]] == [25, 50, 100]
+        assert {batch["kernels_us"] for batch in result["batches"]} == {None}  # there is no GPU

@@ -143,7 +143,7 @@ def test_cliff_between_head_counts_is_found(load: Callable[[str], ModuleType]) -
 
 def test_report_tells_all_kinds(load: Callable[[str], ModuleType]) -> None:
     batch = {"tpot_ms": 50, "h_q": 128, "time_s": 1.0, "requests": 2, "tokens": 3, "error": 0.9}
-    batch |= {"bytes": 4.65e9, "flop": 1, "us": 1100.0, "busiest": 1.04}
+    batch |= {"bytes": 4.65e9, "flop": 1, "us": 1200.0, "kernels_us": 1100.0, "busiest": 1.04}
     trace = {"kind": "trace", "env": ENV, "ceilings": LIMITS, "batches": [batch]}
     overhead = {
         "kind": "overhead",
