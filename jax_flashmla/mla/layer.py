@@ -92,18 +92,16 @@ def project_and_append(
     """
     _check(weights, config, x, pool, step)
     batch = x.shape[0]
-    x, cos, sin = (_at_least_two_rows(array) for array in (x, step.cos, step.sin))
-    q_nope, q_rope, low = project(weights, config, x, cos, sin)
-    # Slot -1 writes nothing: the repeated row is not cached twice.
-    slots = jnp.pad(step.slots, ((0, x.shape[0] - batch), (0, 0)), constant_values=-1)
+    rows = (_at_least_two_rows(array) for array in (x, step.cos, step.sin))
+    q_nope, q_rope, low = project(weights, config, *rows)
     pool = cache.append_projected(
         pool,
-        low.reshape(-1, low.shape[-1]),
-        slots.reshape(-1),
+        low[:batch].reshape(-1, low.shape[-1]),
+        step.slots.reshape(-1),
         latent_norm=weights.latent_norm,
         norm_eps=config.latent_norm_eps,
-        cos=cos.reshape(-1, cos.shape[-1]),
-        sin=sin.reshape(-1, sin.shape[-1]),
+        cos=step.cos.reshape(-1, step.cos.shape[-1]),
+        sin=step.sin.reshape(-1, step.sin.shape[-1]),
         rope_interleave=config.rope_interleave,
         implementation=implementation,
     )
