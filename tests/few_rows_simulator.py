@@ -282,9 +282,9 @@ class ValuesWarp(Role):
 
     def issue_page(self, tail: bool) -> Generator[Callable[[], bool] | None, None, list[Reading]]:
         slot = self.page % WEIGHT_SLOTS
+        yield from self.learn_first()
         yield from self.m.wait("weights_ready", slot, phase=self.page // WEIGHT_SLOTS)
         yield from self.read(buffer(self.m, "factors", self.page), ("factors", self.page))  # [4]
-        yield from self.learn_first()
         slots = self.part_slots()
         reading: list[Reading] = []
         for parts in ((0,), (1,)) if self.left else ((1, 2), (2,)):  # [5]
@@ -308,6 +308,7 @@ class ValuesWarp(Role):
                 yield from self.m.arrive("part_empty", self.place(part)[0])
 
     def last_page(self, i: int, item: Item, reading: list[Reading]) -> Step:
+        """The end of an item of at most eight rows; more are staged while those are stored."""
         yield from self.wait_for_sums(i)  # [7]
         for regions in reading:
             self.m.end_read(regions)

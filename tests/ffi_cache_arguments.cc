@@ -133,9 +133,9 @@ void test_append_projected() {
   expect(params->rotation == cache::Rotation::kInterleaved && params->rows == 5, "the rest");
 
   const auto breaks = expect_error<AppendProjectedCall>;
-  breaks("projected: got 568 columns, expected 576 or more, a multiple of 8",
+  breaks("projected: got 568 columns, expected a multiple of 8 from 576 to 2^30",
          [](AppendProjectedCall& c) { c.projected.shape[1] = 568; });
-  breaks("projected: got 612 columns, expected 576 or more, a multiple of 8",
+  breaks("projected: got 612 columns, expected a multiple of 8 from 576 to 2^30",
          [](AppendProjectedCall& c) { c.projected.shape[1] = 612; });
   breaks("projected: got bfloat16[5,608], expected float16[n,n]",
          [](AppendProjectedCall& c) { c.projected.dtype = Dtype::BF16; });

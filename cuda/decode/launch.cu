@@ -80,7 +80,7 @@ const char* prepare_type() {
   return prepare_combine<T, decode::kRowTile>();
 }
 
-// The kernel for row tiles of 64.
+// The kernel for row tiles of 64. Odd numbers of tiles from three on lose as pairs.
 template <class T>
 const char* launch_tiles(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;

@@ -97,25 +97,22 @@ __device__ __forceinline__ void stage_rows(const Stage& stage, const Output<kRow
       stage.part(mine / kPartTiles) + Stage::chunk_offset(block * 8 + lane % 8, chunk), pairs);
 }
 
-// Staged rows to global memory: a warp has a row's chunks i * 32 + lane.
-__device__ __forceinline__ void store_rows_staged(const Stage& stage, const Target& target) {
+// A staged row to global memory, by a warp.
+__device__ __forceinline__ void store_row_staged(const Stage& stage, const Target& target,
+                                                 int row) {
   constexpr int kChunks = kHeadDimV / Stage::kPerChunk / 32;
   constexpr int kPerPart = kPartTiles * 64 / Stage::kPerChunk;
   const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x) / 32 - kWarpsPerWarpgroup; row < target.rows();
-       row += kValueWarps) {
-    uint4* const chunks = reinterpret_cast<uint4*>(target.values(row));
-    uint4 data[kChunks];
+  uint4* const chunks = reinterpret_cast<uint4*>(target.values(row));
+  uint4 data[kChunks];
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int chunk = i * 32 + lane;
-      data[i] = sm90::load_shared(stage.part(chunk / kPerPart) +
-                                  Stage::chunk_offset(row, chunk % kPerPart));
-    }
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) chunks[i * 32 + lane] = data[i];
+  for (int i = 0; i < kChunks; ++i) {
+    const int chunk = i * 32 + lane;
+    data[i] = sm90::load_shared(stage.part(chunk / kPerPart) +
+                                Stage::chunk_offset(row, chunk % kPerPart));
   }
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) chunks[i * 32 + lane] = data[i];
 }
 
 // The largest magnitudes of a thread's rows among a warp's columns.

@@ -26,7 +26,7 @@ struct RingPosition {
 
 // The block's first page as it seemed before the kernel ahead had ended. It is asked for when that
 // has ended and the schedule's row has come, and looked up meanwhile: 0.5 of 8 us at 1 x 4096
-// (H200). Without an early start it is the right one, and 0.3 us come sooner.
+// (H200). Without an early start it is the right one, and 0.1 to 0.3 us come sooner.
 struct Guess {
   bool asked = false;
   int page_id = 0;
@@ -34,9 +34,6 @@ struct Guess {
 // With 32 rows the query, which is asked for later, has to wait for the page: 1% slower.
 template <int kRows>
 inline constexpr bool kGuesses = kRows <= 24;
-// Without an early start, for parts of no more pages; longer ones, whose first page comes to L2
-// instead, are 3% slower otherwise.
-inline constexpr int kMostGuessedPages = 2;
 
 // Asks for a part of a page. A page id outside the pool gives zeros.
 template <int kRows>
@@ -117,21 +114,18 @@ __device__ __forceinline__ void stream_pages(Storage<kRows>& storage, const Argu
   if (guess.asked) discard_part(storage, lane);
 }
 
-// Looks the first page up and brings it to L2, unless it is guessed and asked for at once.
+// Looks the first page up and, where that gains anything, brings it to L2.
 template <int kRows>
 __device__ __forceinline__ Guess look_ahead(const Arguments& a, int kv_head) {
-  const bool early = a.params.early_start;
-  const decode::FirstPages pages(a, static_cast<int>(blockIdx.x),
-                                 kGuesses<kRows> ? 1 : decode::least_to_prefetch(a));
-  const bool asked =
-      kGuesses<kRows> && pages.count > 0 && (early || pages.count <= kMostGuessedPages);
+  const int least = decode::least_to_prefetch(a);
+  const decode::FirstPages pages(a, static_cast<int>(blockIdx.x), kGuesses<kRows> ? 1 : least);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int id = pages.first_id();
-  if (lane < kPageParts && pages.count > 0 && (early || !asked)) {
+  if (lane < kPageParts && pages.count >= least) {
     sm90::tma_prefetch_4d(a.page_map, 0, 0, kv_head * kQkTiles + lane * kPartTiles, id,
                           sm90::evict_first_policy());
   }
-  return {asked, sm90::spoil_guess(id, a.params.delay_seed)};
+  return {kGuesses<kRows> && pages.count > 0, sm90::spoil_guess(id, a.params.delay_seed)};
 }
 
 // A request's rows of Q.

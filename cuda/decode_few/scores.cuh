@@ -58,6 +58,7 @@ class Scores {
         compute();          // [1]
         weigh(item, page);  // [2]
         publish();          // [3]
+        softmax_.add(scores_, factors_);
       }
       release(barriers_.query_empty[buffer]);
       end_item(Target(a_, kv_head_, request, destination));  // [6]
@@ -108,20 +109,19 @@ class Scores {
         decode::visible_keys(item.length, 0, a_.params.s_q, a_.params.causal)) {
       mask(item, first_key);
     }
-    RowValues<kRows> most;
-    page_max(most);
-    softmax_.grow(most, a_.scale_log2, factors_);
+    softmax_.follow(page_max(), a_.scale_log2, factors_);
     softmax_.weigh(scores_, a_.scale_log2);
     if (first_key + kPageSize > item.length) zero_values(item.length - first_key);
   }
 
-  // Largest scores of the page's 64 tokens. When it returns, all four warps have their scores.
-  __device__ __forceinline__ void page_max(RowValues<kRows>& most) {
+  // Largest score of the lane's row. When it returns, all four warps have their scores.
+  __device__ __forceinline__ float page_max() {
     auto& by_warp = storage_.small.page_max[page_count_ % 2];
+    RowValues<kRows> most;
     softmax_.warp_max(scores_, most);
     if (speaks_for_rows()) store_rows<kRows>(by_warp[warp()], most);
     sm90::named_barrier_sync(kScoresMeet, kWarpgroup);
-    max_warps<kRows>(by_warp, most);
+    return max_warps(by_warp);
   }
 
   // Keys from a row's limit on are invisible to it.
@@ -169,18 +169,12 @@ class Scores {
       sm90::barrier_arrive(barriers_.sums_ready[buffer]);
     }
     sm90::named_barrier_sync(kScoresMeet, kWarpgroup);
-    if (warp() != 0 || !speaks_for_rows() || !target.exists()) return;
-    RowValues<kRows> total;
-    add_warps<kRows>(row_sum, total);
-#pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) {
-      const float sum = total[i / 2][i % 2];
-      const int row = fragment_query_row(i / 2) + i % 2;
-      if (row >= target.rows()) continue;
-      target.lse(row) = sum == 0.f  // NaN is not empty
-                            ? kNegativeInfinity
-                            : (softmax_.row_max[i / 2][i % 2] + log2f(sum)) * decode::kLn2;
-    }
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= target.rows() || !target.exists()) return;
+    const float sum = add_warps(row_sum);
+    target.lse(row) = sum == 0.f  // NaN is not empty
+                          ? kNegativeInfinity
+                          : (softmax_.reference + log2f(sum)) * decode::kLn2;
   }
 
   __device__ static __forceinline__ int warp() {

@@ -51,23 +51,46 @@ class Values {
 
   // Oᵀ += Vᵀ Pᵀ of a page.
   __device__ __forceinline__ void issue_page() {
+    Operands operands = find_page();
     rescale();  // [4]
+    ++page_count_;
+    pin_out();
+    sm90::wgmma_fence();
+#pragma unroll
+    for (int tile = 0; tile < kHalfTiles; ++tile) {  // [5]
+      add_tile(tile, operands);
+      if (tile == kFirstTiles - 1 || tile == kHalfTiles - 1) sm90::wgmma_commit();
+    }
+  }
+
+  // Descriptors of a page's operands.
+  struct Operands {
+    uint64_t weights;
+    uint64_t values[kHalfTiles];
+  };
+
+  // Before the weights are awaited: the compiler would spend these 200 clocks behind.
+  __device__ __forceinline__ Operands find_page() {
     if (page_count_ == 0) position_.advance(first_slot(storage_));
 #pragma unroll
     for (uint32_t& slot : slots_) {
       slot = position_.slot;
       position_.advance();
     }
-    ++page_count_;
-    const uint64_t weights = sm90::k_major_descriptor(sm90::uniform(
-        sm90::shared_address(storage_.parts[slots_[kPageParts - 1]][kPartTiles - 1])));
-    pin_out();
-    sm90::wgmma_fence();
+    Operands operands;
+    operands.weights = sm90::k_major_descriptor(
+        sm90::shared_address(storage_.parts[slots_[kPageParts - 1]][kPartTiles - 1]));
+    sm90::hide_descriptor(operands.weights);
 #pragma unroll
-    for (int tile = 0; tile < kHalfTiles; ++tile) {  // [5]
-      add_tile(tile, weights);
-      if (tile == kFirstTiles - 1 || tile == kHalfTiles - 1) sm90::wgmma_commit();
+    for (int tile = 0; tile < kHalfTiles; ++tile) {
+      const int right = kHalfTiles + tile;
+      const uint8_t* const keys =
+          is_left() ? storage_.parts[slots_[tile / kPartTiles]][tile % kPartTiles]
+                    : storage_.parts[slots_[right / kPartTiles]][right % kPartTiles];
+      operands.values[tile] = sm90::mn_major_descriptor(sm90::shared_address(keys));
+      sm90::hide_descriptor(operands.values[tile]);
     }
+    return operands;
   }
 
   // Follows the page's references. Skipped by a warp none of whose rows needs it.
@@ -88,16 +111,11 @@ class Values {
     }
   }
 
-  __device__ __forceinline__ void add_tile(int tile, uint64_t weights) {
-    const int right = kHalfTiles + tile;
-    const uint8_t* const keys =
-        is_left() ? storage_.parts[slots_[tile / kPartTiles]][tile % kPartTiles]
-                  : storage_.parts[slots_[right / kPartTiles]][right % kPartTiles];
-    const uint64_t values = sm90::mn_major_descriptor(sm90::uniform(sm90::shared_address(keys)));
+  __device__ __forceinline__ void add_tile(int tile, const Operands& operands) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      sm90::wgmma_narrow<T, true>(out_[tile], values + step * sm90::kStepDownRows,
-                                  weights + step * sm90::kStepAlongRow, true);
+      sm90::wgmma_narrow<T, true>(out_[tile], operands.values[tile] + step * sm90::kStepDownRows,
+                                  operands.weights + step * sm90::kStepAlongRow, true);
       after_wgmma<kSerial>(out_[tile]);
     }
   }
@@ -123,70 +141,54 @@ class Values {
     for (int part = 0; part < kPageParts; ++part) {
       stage.parts[part] = sm90::shared_address(storage_.parts[slots_[part]]);
     }
-    RowValues<kRows> factor;
-    wait_for_sums(factor);  // [7]
+    const float factor = wait_for_sums();  // [7]
     sm90::wgmma_wait<0>();
     pin_out();
-    target.whole() ? stage_whole(stage, factor) : stage_split(stage, target, factor);
-    sm90::async_proxy_fence();  // TMA will write there next
-    meet();
-    if (target.exists()) store_rows_staged(stage, target);  // [9]
+    target.whole() ? store_whole(stage, target, factor) : store_split(stage, target, factor);
 #pragma unroll
     for (const uint32_t slot : slots_) release(barriers_.part_empty[slot]);
   }
 
-  // As T.
-  __device__ __forceinline__ void stage_whole(const Stage& stage, const RowValues<kRows>& factor) {
+  // As T, rows times `factor`, which each lane has of its row.
+  __device__ __forceinline__ void store_whole(const Stage& stage, const Target& target,
+                                              float factor) {
     meet();  // all are done with the page's values
-#pragma unroll
-    for (int block = 0; block < kRows / 8; ++block) stage_block<T>(stage, block, factor[block]);
+    store_as<T>(stage, target, factor);
   }
 
   // As float16, a row scaled by its largest value among all warps' columns.
-  __device__ __forceinline__ void stage_split(const Stage& stage, const Target& target,
-                                              RowValues<kRows>& factor) {
+  __device__ __forceinline__ void store_split(const Stage& stage, const Target& target,
+                                              float factor) {
     RowValues<kRows> most;
     warp_magnitudes<kRows>(out_, most);
     if (speaks_for_rows()) store_rows<kRows>(storage_.small.magnitudes[warp()], most);
     meet();  // all are done with the page's values, and magnitudes are there
+    const float scale = decode::partial_scale(max_warps(storage_.small.magnitudes) * factor);
+    const int row = static_cast<int>(threadIdx.x % 32);
+    if (warp() == 0 && row < target.rows() && target.exists()) {
+      // What undoes it. Combine wants it for each half of the columns.
+      float (&inverse)[2] = target.partial(row).scale;
+      inverse[0] = inverse[1] = decode::inverse_power(scale);
+    }
+    store_as<__half>(stage, target, factor * scale);
+  }
+
+  // Eight rows are stored, which takes a clock for each 32 bytes, while the next are staged.
+  template <class Element>
+  __device__ __forceinline__ void store_as(const Stage& stage, const Target& target, float factor) {
+    RowValues<kRows> factors;
+    spread_rows<kRows>(factors, factor);
 #pragma unroll
     for (int block = 0; block < kRows / 8; ++block) {
-      scale_rows(target, block, factor[block]);
-      stage_block<__half>(stage, block, factor[block]);
-    }
-  }
-
-  // [8]
-  template <class Element>
-  __device__ __forceinline__ void stage_block(const Stage& stage, int block,
-                                              const float (&factor)[2]) {
 #pragma unroll
-    for (int tile = 0; tile < kHalfTiles; tile += 2) {
-      stage_rows<Element, kRows>(stage, out_, tile, half_ * kHalfTiles + tile, block, factor);
-    }
-  }
-
-  // Includes in a thread's rows' factors, of one block of rows (all at once spill with 32 rows),
-  // what brings them into float16's range. Leaves what undoes
-  // it to combine, which wants it for each half of the columns.
-  __device__ __forceinline__ void scale_rows(const Target& target, int block, float (&factor)[2]) {
-    const auto& magnitudes = storage_.small.magnitudes;
-    const int row = fragment_query_row(block);
-    float2 most = {0.f, 0.f};
-#pragma unroll
-    for (int other = 0; other < kValueWarps; ++other) {
-      const float2 theirs = *reinterpret_cast<const float2*>(&magnitudes[other][row]);
-      most = {fmaxf(most.x, theirs.x), fmaxf(most.y, theirs.y)};
-    }
-    const bool speaks = warp() == 0 && speaks_for_rows() && target.exists();
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const float scale = decode::partial_scale((which == 0 ? most.x : most.y) * factor[which]);
-      factor[which] *= scale;
-      if (speaks && row + which < target.rows()) {
-        float (&inverse)[2] = target.partial(row + which).scale;
-        inverse[0] = inverse[1] = decode::inverse_power(scale);
+      for (int tile = 0; tile < kHalfTiles; tile += 2) {  // [8]
+        stage_rows<Element, kRows>(stage, out_, tile, half_ * kHalfTiles + tile, block,
+                                   factors[block]);
       }
+      if (block == kRows / 8 - 1) sm90::async_proxy_fence();  // TMA will write there next
+      meet();
+      const int row = block * 8 + warp();
+      if (row < target.rows() && target.exists()) store_row_staged(stage, target, row);  // [9]
     }
   }
 
@@ -199,21 +201,15 @@ class Values {
   __device__ __forceinline__ bool is_left() const { return half_ == 0; }
 
   __device__ __forceinline__ void no_page(const Target& target) {
-    RowValues<kRows> factor;
-    wait_for_sums(factor);
+    wait_for_sums();
     if (target.exists()) store_zeros(target);
   }
 
-  // What each row is to be multiplied by in the end; 0 for rows without keys.
-  __device__ __forceinline__ void wait_for_sums(RowValues<kRows>& factor) {
+  // What the lane's row is to be multiplied by in the end; 0 without keys.
+  __device__ __forceinline__ float wait_for_sums() {
     const uint32_t buffer = item_count_ % 2;
     sm90::barrier_wait(barriers_.sums_ready[buffer], item_count_ / 2 % 2);
-    add_warps<kRows>(storage_.small.row_sum[buffer], factor);
-#pragma unroll
-    for (auto& pair : factor) {
-#pragma unroll
-      for (float& sum : pair) sum = decode::inverse_sum(sum);
-    }
+    return decode::inverse_sum(add_warps(storage_.small.row_sum[buffer]));
   }
 
   __device__ __forceinline__ void pin_out() {

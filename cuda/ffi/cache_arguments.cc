@@ -110,8 +110,8 @@ ffi::ErrorOr<AppendParams> append_projected_params(const AppendProjectedBuffers&
   const int64_t rows = shape_of(buffers.projected)[0];
   const int64_t width = shape_of(buffers.projected)[1];
   if (width < kHeadDimQk || width > kMostColumns || width % kVectorColumns != 0) {
-    return ffi::Unexpected(
-        mismatch("projected", std::to_string(width) + " columns", "576 or more, a multiple of 8"));
+    return ffi::Unexpected(mismatch("projected", std::to_string(width) + " columns",
+                                    "a multiple of 8 from 576 to 2^30"));
   }
   AppendParams params = {};
   error = read_places({buffers.cache, buffers.slots, buffers.written_cache}, rows, params);
