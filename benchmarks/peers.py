@@ -97,7 +97,8 @@ class Peer:
             raise RuntimeError(f"relative error {error:.1e} against float32")
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # Threads of XLA may call CUDA meanwhile; one capture of hundreds failed, perhaps for that.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for table in itertools.islice(itertools.cycle(problem.tables), calls):
                 out = call(table)
 
