@@ -72,7 +72,17 @@ def part_regions(m: Machine, slot: int, part: int) -> list[Region]:
     """Keys; the rows behind the last key and the rotary tile as far as each warp writes there."""
     tail = [m.region("tail", slot, w) for w in WARPS]
     rope = [m.region("rope", slot, w) for w in WARPS] if part == LAST else []
-    return [m.region("part", slot), *tail, *rope]
+    return [m.region("part", slot), *tail, *rope, *later_rows(m, slot, part)]
+
+
+def later_rows(m: Machine, slot: int, part: int) -> list[Region]:
+    """Keys where output beyond the first eight rows is staged, by the warp that does it."""
+    return [m.region("later", slot, w) for w in VALUE_WARPS if has_columns(w, part)]
+
+
+def has_columns(value_warp: int, part: int) -> bool:
+    """Whether a warp's half has columns in a part: the left one in the first two."""
+    return part != (LAST if value_warp < len(WARPS) else 0)
 
 
 def produce(m: Machine, items: list[Item], slots: int, guess: bool | None) -> Step:
@@ -207,10 +217,9 @@ class ScoresWarp(Role):
             slot, use = self.place(part)
             yield from self.m.wait("part_full", slot, phase=use)
             self.begin_read(buffer(self.m, "query", i), ("query", i))
-            self.begin_read(self.m.region("part", slot), ("page", self.page))
-            if part == LAST:
-                for w in WARPS:
-                    self.begin_read(self.m.region("rope", slot, w), ("page", self.page))
+            rope = [self.m.region("rope", slot, w) for w in WARPS if part == LAST]
+            for region in (self.m.region("part", slot), *rope, *later_rows(self.m, slot, part)):
+                self.begin_read(region, ("page", self.page))
             yield
         self.m.end_read(self.reading)
 
@@ -291,7 +300,9 @@ class ValuesWarp(Role):
             for w in WARPS:
                 self.begin_read(self.m.region("rope", slots[LAST], w), ("P", self.page))
             for part in parts:
-                self.begin_read(self.m.region("part", slots[part]), ("page", self.page))
+                later = later_rows(self.m, slots[part], part)
+                for region in (self.m.region("part", slots[part]), *later):
+                    self.begin_read(region, ("page", self.page))
                 for w in WARPS:
                     tag = ("zero" if tail else "page", self.page)
                     self.begin_read(self.m.region("tail", slots[part], w), tag)
@@ -308,53 +319,67 @@ class ValuesWarp(Role):
                 yield from self.m.arrive("part_empty", self.place(part)[0])
 
     def last_page(self, i: int, item: Item, reading: list[Reading]) -> Step:
-        """The end of an item of at most eight rows; more are staged while those are stored."""
+        """The end of an item."""
         yield from self.wait_for_sums(i)  # [7]
         for regions in reading:
             self.m.end_read(regions)
-        yield from self.stage_split(i) if item.split else self.stage_whole(i)
-        slots = enumerate(self.part_slots())
-        staged = [region for part, slot in slots for region in self.stage(part, slot)]
-        yield from self.m.fence("out", staged)
-        yield from self.meet()
-        for slot in self.part_slots():  # [9]
-            yield from self.read(self.m.region("part", slot), ("out", i))
-            for w in WARPS:
-                yield from self.read(self.m.region("tail", slot, w), ("out", i))
+        if item.split:
+            yield from self.tell_magnitudes(i)
+        else:
+            yield from self.meet()
+        yield from self.store(i)
+        yield from self.free_page()
+
+    def free_page(self) -> Step:
         for slot in self.part_slots():
             yield from self.m.arrive("part_empty", slot)
 
-    def stage_whole(self, i: int) -> Step:
-        yield from self.meet()
-        yield from self.stage_rows(i)
-
-    def stage_split(self, i: int) -> Step:
+    def tell_magnitudes(self, i: int) -> Step:
         yield from self.m.write(self.m.region("magnitudes", self.warp), ("most", i))
         yield from self.meet()
         for w in VALUE_WARPS:
             yield from self.read(self.m.region("magnitudes", w), ("most", i))
-        yield from self.stage_rows(i)
 
-    def stage_rows(self, i: int) -> Step:
-        for part, slot in enumerate(self.part_slots()):  # [8]
-            for region in self.stage(part, slot):
+    def store(self, i: int) -> Step:
+        """Eight rows; or sixteen, the second eight staged while the first are stored."""
+        last = 0 if self.slots == CONSTANTS["slots_8"] else 1
+        staged = []
+        for block in range(last + 1):
+            mine = self.stage(block)
+            for region in mine:  # [8]
                 yield from self.m.write(region, ("out", i))
+            staged += mine
+            if block == last:
+                yield from self.m.fence("out", staged)
+            yield from self.meet()
+            yield from self.store_block(i, block)
 
-    def stage(self, part: int, slot: int) -> list[Region]:
-        """What stands for the columns of a part that this warp stages.
+    def store_block(self, i: int, block: int) -> Step:
+        for part, slot in enumerate(self.part_slots()):  # [9]
+            first = [self.m.region("part", slot), *(self.m.region("tail", slot, w) for w in WARPS)]
+            for region in later_rows(self.m, slot, part) if block else first:
+                yield from self.read(region, ("out", i))
 
-        Of the part in the middle each half has some: the left one's stand for its tails, the right
-        one's for the rest.
+    def stage(self, block: int) -> list[Region]:
+        """What stands for the columns of eight rows that this warp stages.
+
+        Of the part in the middle each half has some: of the first rows the left one's stand for
+        its tails, the right one's for the rest.
         """
-        outer = part == (0 if self.left else LAST)  # all of its columns are this half's
-        shared = part not in (0, LAST)
         warp = self.warp % len(WARPS)
         regions = []
-        if outer or (shared and self.left):
-            regions.append(self.m.region("tail", slot, warp))
-        if warp == 0 and (outer or (shared and not self.left)):
-            others = part_regions(self.m, slot, part)
-            regions += [region for region in others if region.name[0] != "tail"]
+        for part, slot in enumerate(self.part_slots()):
+            if not has_columns(self.warp, part):
+                continue
+            if block:
+                regions.append(self.m.region("later", slot, self.warp))
+                continue
+            shared = part not in (0, LAST)
+            if not shared or self.left:
+                regions.append(self.m.region("tail", slot, warp))
+            if warp == 0 and not (shared and self.left):
+                rope = [self.m.region("rope", slot, w) for w in WARPS if part == LAST]
+                regions += [self.m.region("part", slot), *rope]
         return regions
 
     def wait_for_sums(self, i: int) -> Step:

@@ -160,11 +160,23 @@ class ForgottenSums(ScoresWarp):
 class LoneScale(ValuesWarp):
     """A split's rows are scaled by the warp's own columns before the others have told theirs."""
 
-    def stage_split(self, i: int) -> Step:
+    def tell_magnitudes(self, i: int) -> Step:
         for w in VALUE_WARPS:
             if w != self.warp:
                 yield from self.read(self.m.region("magnitudes", w), ("most", i))
-        yield from super().stage_split(i)
+        yield from super().tell_magnitudes(i)
+
+
+class EarlyRows(ValuesWarp):
+    """An item's page is freed when the first of its rows are stored."""
+
+    def store_block(self, i: int, block: int) -> Step:
+        yield from super().store_block(i, block)
+        if block == 0:
+            yield from super().free_page()
+
+    def free_page(self) -> Step:
+        yield from ()
 
 
 class HastyMath(ScoresWarp):
@@ -177,6 +189,7 @@ class HastyMath(ScoresWarp):
 def test_a_mistaken_role_is_found() -> None:
     assert found(values_warp=EarlyPart)
     assert found(values_warp=LoneScale)
+    assert found(values_warp=EarlyRows)
     assert found(values_warp=EarlyValues)
     assert found(scores_warp=EarlyQuery)
     assert found(scores_warp=HastyMath)
