@@ -5,7 +5,7 @@ from pathlib import Path
 
 import barrier_layout
 import cuda_host
-import few_rows_simulator
+import few_rows_layout
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,4 +79,4 @@ def test_work_items_stay_inside_whatever_the_metadata(program: Path) -> None:
 
 def test_the_simulators_have_the_constants_of_the_kernels(program: Path) -> None:
     assert json.loads(cuda_host.run(program, "constants")) == barrier_layout.CONSTANTS
-    assert json.loads(cuda_host.run(program, "few")) == few_rows_simulator.CONSTANTS
+    assert json.loads(cuda_host.run(program, "few")) == few_rows_layout.CONSTANTS

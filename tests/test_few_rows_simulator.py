@@ -8,16 +8,8 @@ import random
 import pytest
 from barrier_layout import Item
 from barrier_machine import NO_FAULTS, Faults, Step, Violation
-from few_rows_simulator import (
-    CONSTANTS,
-    PARTS,
-    VALUE_WARPS,
-    Reading,
-    ScoresWarp,
-    ValuesWarp,
-    simulate,
-    slot_of,
-)
+from few_rows_layout import CONSTANTS, PARTS, VALUE_WARPS, slot_of
+from few_rows_simulator import Reading, ScoresWarp, ValuesWarp, simulate
 
 ITEM_LISTS = {
     "nothing": [],
