@@ -76,8 +76,8 @@ def _trace(results: Sequence[dict]) -> tuple[list[str], list[goals.Line]]:
         cells = []
         for batch in result["batches"]:
             name = f"{batch['time_s']:.0f} s, {batch['tpot_ms']:g} ms per token, h{batch['h_q']}"
-            kernels_us = batch.get("kernels_us") or batch["us"]
-            share = judge.floor_us(batch, result["ceilings"]) / kernels_us
+            us = batch["kernels_us"] or batch["us"]
+            share = judge.floor_us(batch, result["ceilings"]) / us
             shares.append((batch["h_q"], share, name))
             balances.append((batch["busiest"], name))
             cells.append(_trace_cells(batch, share))
@@ -173,7 +173,7 @@ def _trace_cells(batch: dict, share: float) -> tuple[str, ...]:
         str(batch["requests"]),
         f"{batch['tokens']:,}",
         f"{batch['us']:.1f}",
-        f"{batch['kernels_us']:.1f}" if batch.get("kernels_us") else "-",
+        f"{batch['kernels_us']:.1f}" if batch["kernels_us"] else "-",
         f"{share:.1%}",
         f"{batch['busiest']:.3f}",
         f"{batch['error']:.2f}",
