@@ -13,10 +13,11 @@ class LaunchConfig {
  public:
   // `early`: programmatic dependent launch. The kernel must call wait_for_previous_kernel before
   // it relies on what it reads from global memory, or writes any.
-  // `pairs`: neighbours of a grid of an even width run two by two, on the two SMs of a TPC and at
-  // once. Pairs fill one GPC after the other, single blocks all GPCs alike (README.md).
+  // `cluster`: so many neighbours of a grid whose width allows it run at once, two of them on the
+  // two SMs of a TPC. Clusters fill one GPC after the other, single blocks all GPCs alike
+  // (README.md).
   LaunchConfig(dim3 blocks, int threads, size_t shared_bytes, cudaStream_t stream, bool early,
-               bool pairs) {
+               int cluster) {
     config_.gridDim = blocks;
     config_.blockDim = dim3(static_cast<unsigned>(threads));
     config_.dynamicSmemBytes = shared_bytes;
@@ -26,9 +27,9 @@ class LaunchConfig {
       add(cudaLaunchAttributeProgrammaticStreamSerialization)
           .programmaticStreamSerializationAllowed = 1;
     }
-    if (pairs && blocks.x % 2 == 0) {
+    if (cluster > 1 && blocks.x % cluster == 0) {
       auto& size = add(cudaLaunchAttributeClusterDimension).clusterDim;
-      size.x = 2;
+      size.x = static_cast<unsigned>(cluster);
       size.y = size.z = 1;
     }
   }

@@ -26,7 +26,7 @@ bool encode_query(CUtensorMap& map, const DecodeParams& p, const void* query, in
   const cuuint64_t sizes[] = {64, rows, tiles, static_cast<cuuint64_t>(p.batch)};
   const cuuint64_t strides[] = {row_bytes, sm90::kTileRowBytes, row_bytes * rows};
   const cuuint32_t box[] = {64, decode::kRowTile, tiles, 1};
-  return decode::encode(map, p, query, sizes, strides, box);
+  return decode::encode(map, p.element_type, query, sizes, strides, box);
 }
 
 Arguments make_arguments(const DecodeParams& params) {
@@ -85,9 +85,10 @@ template <class T>
 const char* launch_tiles(const Arguments& a, cudaStream_t stream) {
   const DecodeParams& p = a.params;
   const long long blocks = static_cast<long long>(p.h_kv) * a.row_tiles * p.num_sm_parts;
+  const bool pairs = a.row_tiles == 1 || a.row_tiles % 2 == 0;
   const LaunchConfig config(static_cast<unsigned>(blocks), decode::kThreads,
                             sizeof(decode::Storage), stream, p.early_start,
-                            /*pairs=*/a.row_tiles == 1 || a.row_tiles % 2 == 0);
+                            /*cluster=*/pairs ? 2 : 1);
   return config.launch(p.serial ? decode::decode_kernel<T, true> : decode::decode_kernel<T, false>,
                        a);
 }
@@ -99,7 +100,7 @@ const char* launch_combine(const Arguments& a, cudaStream_t stream) {
   const int tiles = p.h_kv * a.row_tiles;
   const long long blocks = static_cast<long long>(Blocks::per_tile(tiles)) * tiles;
   const LaunchConfig config(static_cast<unsigned>(blocks * p.num_sm_parts), Blocks::kThreads, 0,
-                            stream, /*early=*/true, /*pairs=*/Blocks::kFew);
+                            stream, /*early=*/true, /*cluster=*/Blocks::kFew ? 2 : 1);
   return config.launch(combine::combine_kernel<T, kMostRows>, a, static_cast<int>(blocks));
 }
 

@@ -27,12 +27,12 @@ EncodeTiled encoder() {
 
 bool has_tensor_maps() { return encoder() != nullptr; }
 
-bool encode(CUtensorMap& map, const DecodeParams& p, const void* base, const cuuint64_t (&sizes)[4],
+bool encode(CUtensorMap& map, ElementType type, const void* base, const cuuint64_t (&sizes)[4],
             const cuuint64_t (&strides)[3], const cuuint32_t (&box)[4]) {
   const cuuint32_t element_strides[] = {1, 1, 1, 1};
-  const auto type = p.element_type == ElementType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encoder()(&map, type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
+  const auto data_type = type == ElementType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return encoder()(&map, data_type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                    CU_TENSOR_MAP_L2_PROMOTION_NONE,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -44,7 +44,7 @@ bool encode_pool(CUtensorMap& map, const DecodeParams& p, int tiles) {
                               static_cast<cuuint64_t>(p.num_pages)};
   const cuuint64_t strides[] = {token_bytes, sm90::kTileRowBytes, token_bytes * kPageSize};
   const cuuint32_t box[] = {64, kPageSize, static_cast<cuuint32_t>(tiles), 1};
-  return encode(map, p, p.kv_cache, sizes, strides, box);
+  return encode(map, p.element_type, p.kv_cache, sizes, strides, box);
 }
 
 }  // namespace flashmla::decode

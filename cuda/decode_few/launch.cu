@@ -50,7 +50,7 @@ bool encode_query(CUtensorMap& map, const Arguments& a, const void* query, int s
   const cuuint64_t strides[] = {row_bytes, row_bytes * p.h_q, sm90::kTileRowBytes};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(a.heads_per_kv),
                             static_cast<cuuint32_t>(p.s_q), static_cast<cuuint32_t>(box_tiles)};
-  return decode::encode(map, p, query, sizes, strides, box);
+  return decode::encode(map, p.element_type, query, sizes, strides, box);
 }
 
 const char* encode_maps(Arguments& a) {
@@ -90,7 +90,7 @@ const char* launch(const decode::Arguments& common, cudaStream_t stream) {
   const Kernel kernel = pick(a.params.element_type, a.rows, a.params.serial);
   const LaunchConfig config(
       dim3(static_cast<unsigned>(a.params.num_sm_parts), static_cast<unsigned>(a.params.h_kv)),
-      kThreads, kernel.shared_bytes, stream, a.params.early_start, /*pairs=*/true);
+      kThreads, kernel.shared_bytes, stream, a.params.early_start, /*cluster=*/2);
   return config.launch(kernel.function, a);
 }
 

@@ -4,25 +4,12 @@
 
 #include "../decode/early_start.cuh"
 #include "../decode/load.cuh"
+#include "../ring.cuh"
 #include "../sm90/copy.cuh"
 #include "arguments.h"
 #include "storage.h"
 
 namespace flashmla::decode_few {
-
-// Walks a ring of kSlots: the slot to use, and the parity of its phase.
-template <int kSlots>
-struct RingPosition {
-  uint32_t slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int slots = 1) {
-    slot += slots;
-    if (slot >= kSlots) {
-      slot -= kSlots;
-      parity ^= 1;
-    }
-  }
-};
 
 // The block's first page as it seemed before the kernel ahead had ended. It is asked for when that
 // has ended and the schedule's row has come, and looked up meanwhile: 0.5 of 8 us at 1 x 4096

@@ -18,7 +18,7 @@ cudaStream_t shared_stream() {
 Replay::Replay(const Launches& launches) : stream_(shared_stream()) {
   note(cudaEventCreate(&begin_));
   note(cudaEventCreate(&end_));
-  note(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
+  note(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
   const char* const failed = launches(stream_);
   cudaGraph_t graph = nullptr;
   note(cudaStreamEndCapture(stream_, &graph));

@@ -79,6 +79,11 @@ __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Does not wait for the others.
+__device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Programmatic dependent launch: lets the next kernel's blocks start as this grid's make room; it
 // must call wait_for_previous_kernel before it touches global memory.
 __device__ __forceinline__ void allow_next_kernel() {

@@ -40,6 +40,13 @@ FLASHMLA_HOST_DEVICE constexpr uint64_t k_major_descriptor(uint32_t address) {
   return make_descriptor(address, kChunkBytes, kSwizzleGroupBytes);  // leading offset: unused
 }
 
+// Operand without a swizzle, of 8 x 8 matrices whose rows of 16 bytes follow each other: matrices
+// lie `along_bytes` apart along the reduction dimension, `across_bytes` apart across it.
+FLASHMLA_HOST_DEVICE constexpr uint64_t plain_descriptor(uint32_t address, uint32_t along_bytes,
+                                                         uint32_t across_bytes) {
+  return make_descriptor(address, along_bytes, across_bytes) & ~(uint64_t{3} << 62);
+}
+
 // Operand whose reduction dimension runs down the rows (V = the transposed view of K's columns);
 // further columns follow a tile later.
 FLASHMLA_HOST_DEVICE constexpr uint64_t mn_major_descriptor(uint32_t address) {

@@ -46,11 +46,6 @@ __device__ __forceinline__ void hide_descriptor(uint64_t& descriptor) {
   asm volatile("" : "+l"(descriptor));
 }
 
-// A value that is the same in all lanes, known as such to the compiler: descriptors made from it
-// stay in uniform registers even where it cannot see that control flow is uniform. Without it few
-// columns cost 30 instead of 20 clocks per WGMMA (H200).
-__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
-
 // clang-format off
 #define FLASHMLA_REGISTERS_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \

@@ -1,4 +1,4 @@
-// What tests/barrier_layout.py and tests/few_rows_simulator.py have to agree with.
+// What tests/barrier_layout.py and tests/few_rows_layout.py have to agree with.
 #include <cstdio>
 #include <utility>
 
