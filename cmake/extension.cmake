@@ -12,6 +12,7 @@ pybind11_add_module(_cuda NO_EXTRAS
   cuda/ffi/append_handler.cc
   cuda/ffi/append_projected_handler.cc
   cuda/ffi/arguments.cc
+  cuda/ffi/attention_handler.cc
   cuda/ffi/cache_arguments.cc
   cuda/ffi/decode_handler.cc
   cuda/ffi/exchange_arguments.cc
@@ -20,6 +21,8 @@ pybind11_add_module(_cuda NO_EXTRAS
   cuda/ffi/gather_handler.cc
   cuda/ffi/merge_handler.cc
   cuda/ffi/prepare_handler.cc
+  cuda/ffi/queries_arguments.cc
+  cuda/ffi/queries_handler.cc
   cuda/ffi/schedule_handler.cc)
 target_compile_definitions(_cuda PRIVATE FLASHMLA_ARCH="sm_90a")
 target_include_directories(_cuda SYSTEM PRIVATE

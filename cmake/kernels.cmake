@@ -38,7 +38,7 @@ endforeach()
 
 file(GLOB kernel_sources CONFIGURE_DEPENDS
   cuda/schedule/*.cu cuda/decode/*.cu cuda/decode_few/*.cu cuda/combine/*.cu cuda/cache/*.cu
-  cuda/merge/*.cu cuda/exchange/*.cu)
+  cuda/merge/*.cu cuda/exchange/*.cu cuda/queries/*.cu)
 add_library(kernels OBJECT ${kernel_sources})
 target_compile_options(kernels PRIVATE --resource-usage)
 # ptxas tells of spills and serialised WGMMA as mere information: keep it, tests read it.

@@ -27,6 +27,8 @@ py::dict registrations() {
   targets["jax_flashmla_decode"] = target(flashmla_decode_handler);
   targets["jax_flashmla_append"] = target(flashmla_append_handler);
   targets["jax_flashmla_append_projected"] = target(flashmla_append_projected_handler);
+  targets["jax_flashmla_absorbed_attention"] = target(flashmla_absorbed_attention_handler);
+  targets["jax_flashmla_absorbed_queries"] = target(flashmla_absorbed_queries_handler);
   targets["jax_flashmla_gather"] = target(flashmla_gather_handler);
   targets["jax_flashmla_merge"] = target(flashmla_merge_handler);
   targets["jax_flashmla_address"] = target(flashmla_address_handler);

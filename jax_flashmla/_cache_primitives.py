@@ -221,7 +221,7 @@ def _kernel_append(*operands: jax.Array, interleave: bool, **static: object) -> 
     return call(*operands, interleave=interleave)
 
 
-def _portable_append_projected(
+def portable_append_projected(
     *operands: jax.Array, interleave: bool, norm_eps: float, **_: object
 ) -> list[jax.Array]:
     cache, projected, slots, latent_norm, *rotation = operands
@@ -276,7 +276,7 @@ _operation.define(
         "append_projected",
         _append_projected_results,
         _kernel_append_projected,
-        _portable_append_projected,
+        portable_append_projected,
         projected_refusal,
     ),
 )

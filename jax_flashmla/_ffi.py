@@ -10,6 +10,8 @@ SCHEDULE_TARGET = "jax_flashmla_schedule"
 DECODE_TARGET = "jax_flashmla_decode"
 APPEND_TARGET = "jax_flashmla_append"
 APPEND_PROJECTED_TARGET = "jax_flashmla_append_projected"
+ABSORBED_ATTENTION_TARGET = "jax_flashmla_absorbed_attention"
+ABSORBED_QUERIES_TARGET = "jax_flashmla_absorbed_queries"
 GATHER_TARGET = "jax_flashmla_gather"
 MERGE_TARGET = "jax_flashmla_merge"
 ADDRESS_TARGET = "jax_flashmla_address"
@@ -19,6 +21,8 @@ TARGETS = (
     DECODE_TARGET,
     APPEND_TARGET,
     APPEND_PROJECTED_TARGET,
+    ABSORBED_ATTENTION_TARGET,
+    ABSORBED_QUERIES_TARGET,
     GATHER_TARGET,
     MERGE_TARGET,
     ADDRESS_TARGET,

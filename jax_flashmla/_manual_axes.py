@@ -46,5 +46,10 @@ def gather(x: jax.Array, axis_name: str, dimension: int) -> jax.Array:
     return jax.lax.all_gather(x, axis_name, axis=dimension, tiled=True, to=to)
 
 
+def varying(arrays: Sequence[jax.Array]) -> frozenset[str]:
+    """The axes that any of the arrays varies over."""
+    return _varying([jax.typeof(x) for x in arrays])
+
+
 def _varying(avals: Sequence[jax.core.ShapedArray]) -> frozenset[str]:
     return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))

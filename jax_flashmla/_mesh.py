@@ -26,7 +26,13 @@ from jax_flashmla._dims import Axes, Dims, Division, text
 Arrays = tuple[jax.Array, ...]
 
 
-def spread(local: Callable[..., Arrays], dims: Dims, operands: Sequence[jax.Array]) -> Arrays:
+def spread(
+    local: Callable[..., Arrays],
+    dims: Dims,
+    operands: Sequence[jax.Array],
+    *,
+    align: bool = True,
+) -> Arrays:
     """Calls a device-local function on operands that may be divided over a mesh.
 
     Args:
@@ -34,6 +40,7 @@ def spread(local: Callable[..., Arrays], dims: Dims, operands: Sequence[jax.Arra
             for the same operation: what is traced and compiled is kept by it.
         dims: what may be divided.
         operands: without the operands at the end that are optional.
+        align: whether inside a `jax.shard_map` all of them shall vary over the same axes.
 
     Raises:
         ValueError: the operands are divided over Explicit axes in a way that `dims` excludes, or
@@ -50,7 +57,7 @@ def spread(local: Callable[..., Arrays], dims: Dims, operands: Sequence[jax.Arra
             " Explicit or Manual, expected one kind, or one Auto axis beside Manual ones: call"
             " inside a jax.shard_map over all axes"
         )
-    aligned = _aligned(local)
+    aligned = _aligned(local) if align else local
     if explicit:
         return _over_explicit_axes(aligned, dims, mesh, operands)
     if manual and not auto:

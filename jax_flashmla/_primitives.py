@@ -67,6 +67,48 @@ def decode(
     return out, lse
 
 
+def decode_here(
+    operands: Sequence[jax.Array],
+    *,
+    num_sm_parts: int | None,
+    implementation: Implementation,
+    **static: object,
+) -> list[jax.Array]:
+    """`decode` on what a device has: its arrays and, perhaps, a schedule."""
+    arrays, given = operands[:5], operands[5:]
+    shape = _shapes.decode_shape(*arrays)
+    given = schedule_here(
+        given,
+        arrays[-1],
+        num_sm_parts=num_sm_parts,
+        rows=shape.rows,
+        h_kv=shape.h_kv,
+        implementation=implementation,
+    )
+    return decode_p.bind(*arrays, *given, **static, implementation=implementation)
+
+
+def schedule_here(
+    given: Sequence[jax.Array],
+    cache_seqlens: jax.Array,
+    *,
+    num_sm_parts: int | None,
+    rows: int,
+    h_kv: int,
+    implementation: Implementation,
+) -> Sequence[jax.Array]:
+    """The schedule that was given, or one of what a device has of the batch."""
+    # One of the whole batch is of no use to a device's part of it.
+    if given and given[1].shape[0] == cache_seqlens.shape[0] + 1:
+        return given
+    parts = given[0].shape[0] if given else num_sm_parts
+    return schedule_p.bind(
+        cache_seqlens,
+        num_sm_parts=parts or _schedule.default_num_sm_parts(rows, h_kv),
+        implementation=implementation,
+    )
+
+
 # The functions around the primitives, one per set of static arguments.
 
 
@@ -97,17 +139,7 @@ def _decode_function(
     static = {"softmax_scale": softmax_scale, "causal": causal, "implementation": implementation}
 
     def local(*operands: jax.Array) -> list[jax.Array]:
-        arrays, given = operands[:5], operands[5:]
-        shape = _shapes.decode_shape(*arrays)
-        # A schedule of the whole batch is of no use to a device's part of it.
-        if not given or given[1].shape[0] != shape.batch + 1:
-            parts = given[0].shape[0] if given else num_sm_parts
-            given = schedule_p.bind(
-                arrays[-1],
-                num_sm_parts=parts or _schedule.default_num_sm_parts(shape.rows, shape.h_kv),
-                implementation=implementation,
-            )
-        return decode_p.bind(*arrays, *given, **static)
+        return decode_here(operands, **static, num_sm_parts=num_sm_parts)
 
     @jax.custom_batching.custom_vmap
     def call(*operands: jax.Array) -> list[jax.Array]:
@@ -205,7 +237,7 @@ def _kernel_schedule(cache_seqlens: jax.Array, **static: object) -> list[jax.Arr
     return jax.ffi.ffi_call(_ffi.SCHEDULE_TARGET, results)(cache_seqlens)
 
 
-def _portable_decode(
+def portable_decode(
     *operands: jax.Array, softmax_scale: float, causal: bool, **_: object
 ) -> tuple[jax.Array, jax.Array]:
     """Ignores the schedule: every split gives the same result."""
@@ -220,23 +252,32 @@ def _portable_decode(
 def _kernel_decode(
     *operands: jax.Array, softmax_scale: float, causal: bool, **static: object
 ) -> Sequence[jax.Array]:
-    """Calls the kernel, whose workspace is two further results that are dropped here.
+    """Calls the kernel, whose workspace is two further results that are dropped here."""
+    avals = [jax.typeof(x) for x in operands]
+    out, lse = _decode_results(*avals, **static)
+    shape = _shapes.decode_shape(*operands[:5])
+    _, *partial = decode_workspace(
+        avals, out.shape, h_kv=shape.h_kv, num_sm_parts=operands[5].shape[0]
+    )
+    call = jax.ffi.ffi_call(_ffi.DECODE_TARGET, [out, lse, *partial])
+    return call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)[:2]
+
+
+def decode_workspace(
+    avals: Sequence[jax.core.ShapedArray], out: tuple[int, ...], *, h_kv: int, num_sm_parts: int
+) -> list[jax.core.ShapedArray]:
+    """Describes what the kernel writes besides `out`: lse and partial results.
 
     A part begins at most one request it shares with the part before and ends at most one it shares
     with the part after: two partial tiles per part are all there can be.
     """
-    avals = [jax.typeof(x) for x in operands]
-    out, lse = _decode_results(*avals, **static)
-    shape = _shapes.decode_shape(*operands[:5])
-    slots = 2 * operands[5].shape[0]
-    partial = [
-        _manual_axes.result(
-            avals, (slots, shape.h_kv, shape.rows, _shapes.HEAD_DIM_V), jnp.float16
-        ),
-        _manual_axes.result(avals, (slots, shape.h_kv, shape.rows, 4), jnp.float32),
+    rows = out[1] * out[2] // h_kv
+    partial = 2 * num_sm_parts, h_kv, rows
+    return [
+        _manual_axes.result(avals, out[:3], jnp.float32),
+        _manual_axes.result(avals, (*partial, _shapes.HEAD_DIM_V), jnp.float16),
+        _manual_axes.result(avals, (*partial, 4), jnp.float32),
     ]
-    call = jax.ffi.ffi_call(_ffi.DECODE_TARGET, [out, lse, *partial])
-    return call(*operands, softmax_scale=np.float32(softmax_scale), causal=causal)[:2]
 
 
 def _refusal(*operands: jax.Array) -> str | None:
@@ -249,5 +290,5 @@ _operation.define(
 )
 _operation.define(
     decode_p,
-    _operation.Rules("MLA decode", _decode_results, _kernel_decode, _portable_decode, _refusal),
+    _operation.Rules("MLA decode", _decode_results, _kernel_decode, portable_decode, _refusal),
 )

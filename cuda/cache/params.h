@@ -5,6 +5,8 @@
 
 namespace flashmla::cache {
 
+inline constexpr int kMostRank = 4096;
+
 // How the rotary key is stored.
 enum class Rotation {
   kNone,         // as it is
@@ -27,6 +29,11 @@ struct AppendParams {
   const float* sin;    // [rows, 32], with a rotation
   int rows;
   int num_pages;
+  const void* query_norm;  // [rank], with a norm of the latent; or nullptr: queries are not normed
+  const void* low_rank;    // [rows, rank], latent_stride elements from a row to the next, are
+  void* normed;            // [rows, rank]
+  int rank;                // a multiple of 8, at most kMostRank
+  bool early_start;        // may begin before the kernel ahead on the stream has ended
 };
 
 struct GatherParams {

@@ -8,6 +8,7 @@
 #include "../exchange/launch.h"
 #include "../launch.h"
 #include "../merge/launch.h"
+#include "../queries/launch.h"
 #include "handlers.h"
 #include "launch_error.h"
 
@@ -42,8 +43,9 @@ ffi::Error prepare() {
   }
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (prepared.load() & bit) return ffi::Error::Success();
-  for (const auto load : {prepare_device, cache::prepare_append, cache::prepare_gather,
-                          merge::prepare_merge, exchange::prepare_exchange}) {
+  for (const auto load :
+       {prepare_device, cache::prepare_append, cache::prepare_gather, queries::prepare_queries,
+        merge::prepare_merge, exchange::prepare_exchange}) {
     if (const char* reason = load()) return launch_error(reason);
   }
   prepared.fetch_or(bit);

@@ -174,10 +174,10 @@ def decode(
     """
     if step.schedules is None:
         raise ValueError("step: got one without schedules, expected that of decode_step")
-    q_nope, q_rope, pool = layer.project_and_append(
+    *own, pool = layer.absorbed_and_append(
         weights, config, x, pool, step.own, implementation=implementation
     )
-    queries = (gather(q, axis_name, 2) for q in (layer.absorb(weights, q_nope), q_rope))
+    queries = (gather(q, axis_name, 2) for q in own)
     out, _ = context_parallel.mla_decode_context_parallel(
         *queries,
         pool,

@@ -10,14 +10,14 @@ page.
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import _shapes, cache
+from jax_flashmla import _queries, _shapes, cache
+from jax_flashmla._absorbed_attention import Operands, Static, absorbed_attention
 from jax_flashmla._api import mla_decode
 from jax_flashmla._dispatch import Implementation
 from jax_flashmla._norm import rms_norm
 from jax_flashmla.mla.config import MLAConfig
 from jax_flashmla.mla.step import Step
 from jax_flashmla.mla.weights import MLAWeights
-from jax_flashmla.rope import rotate
 
 
 def decode(
@@ -33,13 +33,14 @@ def decode(
 
     In five lines::
 
-        q_nope, q_rope, low = project(weights, config, x, step.cos, step.sin)
+        low = x @ weights.down
         pool = append_projected(pool, low, step.slots, ...)    # norms the latent, rotates the key
-        q_latent = jnp.einsum("bshn,hnc->bshc", q_nope, weights.key_up)
-        out, _ = mla_decode(q_latent, q_rope, pool, ..., softmax_scale=config.softmax_scale)
+        q = absorbed_queries(low[..., :q_lora_rank], weights.query_up, weights.key_up, ...)
+        out, _ = mla_decode(*q, pool, ..., softmax_scale=config.softmax_scale)
         y = jnp.einsum("bshc,hcv->bshv", out, weights.value_up), then the output projection
 
-    A single row goes through the projections twice, see `_at_least_two_rows`.
+    where the low-rank form is normed first and, in models without it, x takes its place. A single
+    row goes through XLA's products twice, see `_queries.at_least_two_rows`.
 
     Args:
         weights: of the layer.
@@ -60,11 +61,59 @@ def decode(
     """
     if step.schedule is None:
         raise ValueError("step: got one without a schedule, expected that of decode_step")
-    q_nope, q_rope, pool = project_and_append(
+    _check(weights, config, x, pool, step)
+    has_bias_between = weights.down_bias is not None and weights.query_norm is None
+    attend = _attend_in_steps if has_bias_between else _attend
+    out, pool = attend(weights, config, x, pool, step, implementation)
+    return project_back(weights, out), pool
+
+
+def _attend(
+    weights: MLAWeights,
+    config: MLAConfig,
+    x: jax.Array,
+    pool: jax.Array,
+    step: Step,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    """The heads' results `[b, s_q, h_q, 512]`, in one call wherever that has a kernel."""
+    low_rank = weights.query_norm is not None
+    operands = Operands(
+        source=_down(weights, x) if low_rank else x,
+        query_up=weights.query_up,
+        key_up=weights.key_up,
+        side=weights.query_norm if low_rank else weights.down,
+        latent_norm=weights.latent_norm,
+        cos=step.cos,
+        sin=step.sin,
+        slots=step.slots,
+        kv_cache=pool,
+        block_table=step.block_table,
+        cache_seqlens=step.cache_seqlens,
+        tile_scheduler_metadata=step.schedule.tile_scheduler_metadata,
+        num_splits=step.schedule.num_splits,
+    )
+    return absorbed_attention(
+        operands,
+        Static(
+            config.softmax_scale, config.latent_norm_eps, config.rope_interleave, implementation
+        ),
+    )
+
+
+def _attend_in_steps(
+    weights: MLAWeights,
+    config: MLAConfig,
+    x: jax.Array,
+    pool: jax.Array,
+    step: Step,
+    implementation: Implementation,
+) -> tuple[jax.Array, jax.Array]:
+    q_latent, q_rope, pool = absorbed_and_append(
         weights, config, x, pool, step, implementation=implementation
     )
     out, _ = mla_decode(
-        absorb(weights, q_nope),
+        q_latent,
         q_rope,
         pool,
         step.block_table,
@@ -73,7 +122,36 @@ def decode(
         schedule=step.schedule,
         implementation=implementation,
     )
-    return project_back(weights, out), pool
+    return out, pool
+
+
+def absorbed_and_append(
+    weights: MLAWeights,
+    config: MLAConfig,
+    x: jax.Array,
+    pool: jax.Array,
+    step: Step,
+    *,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Projects x to absorbed queries and cached rows, and writes the rows into the pool.
+
+    Returns:
+        q_latent `[b, s_q, h_q, 512]`, rotated q_rope `[b, s_q, h_q, 64]`, the pool.
+    """
+    _check(weights, config, x, pool, step)
+    static = {
+        "interleave": config.rope_interleave,
+        "implementation": "xla" if implementation == "xla" else None,  # some shapes have no kernel
+    }
+    queries = weights.query_up, weights.key_up, step.cos, step.sin
+    if weights.query_norm is None:  # one kernel reads x for all
+        *q, low = _queries.absorbed_queries((x, *queries, weights.down), **static)
+        low = _with_bias(low, weights.down_bias)
+    else:
+        low = _down(weights, x)[: x.shape[0]]
+        q = _queries.absorbed_queries((_low_rank(weights, config, low), *queries), **static)
+    return *q, _append(weights, config, low, pool, step, implementation)
 
 
 def project_and_append(
@@ -85,18 +163,46 @@ def project_and_append(
     *,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects x to queries and cached rows, and writes the rows into the pool.
+    """The same with queries as they are before W_UK.
 
     Returns:
         q_nope `[b, s_q, h_q, qk_nope_head_dim]`, rotated q_rope `[b, s_q, h_q, 64]`, the pool.
     """
     _check(weights, config, x, pool, step)
-    batch = x.shape[0]
-    rows = (_at_least_two_rows(array) for array in (x, step.cos, step.sin))
-    q_nope, q_rope, low = project(weights, config, *rows)
-    pool = cache.append_projected(
+    low = _down(weights, x)[: x.shape[0]]
+    source = x if weights.query_norm is None else _low_rank(weights, config, low)
+    q_nope, q_rope = _queries.project(
+        source, weights.query_up, step.cos, step.sin, interleave=config.rope_interleave
+    )
+    return q_nope, q_rope, _append(weights, config, low, pool, step, implementation)
+
+
+def _down(weights: MLAWeights, x: jax.Array) -> jax.Array:
+    """Projects x down; a single row comes twice."""
+    return _with_bias(_queries.at_least_two_rows(x) @ weights.down, weights.down_bias)
+
+
+def _with_bias(low: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return low if bias is None else low + bias.reshape(1, 1, -1)
+
+
+def _low_rank(weights: MLAWeights, config: MLAConfig, low: jax.Array) -> jax.Array:
+    """The normed low-rank form that queries are projected from."""
+    rank = weights.query_norm.shape[0]
+    return rms_norm(low[..., :rank], weights.query_norm, config.latent_norm_eps)
+
+
+def _append(
+    weights: MLAWeights,
+    config: MLAConfig,
+    low: jax.Array,
+    pool: jax.Array,
+    step: Step,
+    implementation: Implementation,
+) -> jax.Array:
+    return cache.append_projected(
         pool,
-        low[:batch].reshape(-1, low.shape[-1]),
+        low.reshape(-1, low.shape[-1]),
         step.slots.reshape(-1),
         latent_norm=weights.latent_norm,
         norm_eps=config.latent_norm_eps,
@@ -105,48 +211,11 @@ def project_and_append(
         rope_interleave=config.rope_interleave,
         implementation=implementation,
     )
-    return q_nope[:batch], q_rope[:batch], pool
-
-
-def project(
-    weights: MLAWeights, config: MLAConfig, x: jax.Array, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects hidden states to queries and down to what is cached.
-
-    Args:
-        weights: of the layer.
-        config: of the model.
-        x: `[b, s_q, hidden]`.
-        cos: float32 `[b, s_q, 32]`.
-        sin: float32 `[b, s_q, 32]`.
-
-    Returns:
-        q_nope `[b, s_q, h_q, qk_nope_head_dim]`, q_rope `[b, s_q, h_q, 64]` rotated, and
-        `[b, s_q, q_lora_rank + 576]`, whose last columns are latent and key as they come: the
-        append norms and rotates them.
-    """
-    low = x @ weights.down
-    if weights.down_bias is not None:
-        low += weights.down_bias.reshape(1, 1, -1)
-    rank = config.q_lora_rank or 0
-    if weights.query_norm is not None:
-        x = rms_norm(low[..., :rank], weights.query_norm, config.latent_norm_eps)
-    q = jnp.einsum("bsr,rhd->bshd", x, weights.query_up)
-    q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
-    by_head = cos[..., None, :], sin[..., None, :]
-    q_rope = rotate(q_rope, *by_head, interleave=config.rope_interleave)
-    return q_nope, q_rope, low
-
-
-def absorb(weights: MLAWeights, q_nope: jax.Array) -> jax.Array:
-    """Applies W_UK to the queries: `[b, s_q, h_q, qk_nope_head_dim]` to `[b, s_q, h_q, 512]`."""
-    rows = _at_least_two_rows(q_nope)
-    return jnp.einsum("bshn,hnc->bshc", rows, weights.key_up)[: q_nope.shape[0]]
 
 
 def project_back(weights: MLAWeights, out: jax.Array) -> jax.Array:
     """Maps the results of attention `[b, s_q, h_q, 512]` back to `[b, s_q, hidden]`."""
-    return project_out(weights, unabsorb(weights, _at_least_two_rows(out)))[: out.shape[0]]
+    return project_out(weights, unabsorb(weights, _queries.at_least_two_rows(out)))[: out.shape[0]]
 
 
 def unabsorb(weights: MLAWeights, out: jax.Array) -> jax.Array:
@@ -158,16 +227,6 @@ def project_out(weights: MLAWeights, out: jax.Array) -> jax.Array:
     """Maps the heads' results `[b, s_q, h_q, v_head_dim]` back to `[b, s_q, hidden]`."""
     y = jnp.einsum("bshv,hvd->bsd", out, weights.output)
     return y if weights.output_bias is None else y + weights.output_bias.reshape(1, 1, -1)
-
-
-def _at_least_two_rows(x: jax.Array) -> jax.Array:
-    """Repeats a single row: `[1, 1, ...]` becomes `[2, 1, ...]`; more rows stay as they are.
-
-    XLA does not take the product of one row and a few million weights for a matrix product: it
-    writes the weights times the row to memory, rounded, and sums that up. In V2-Lite's shapes on an
-    H200 a layer at batch 1 took 67 us that way and takes 37 with two rows (JAX 0.11.2).
-    """
-    return jnp.broadcast_to(x, (2, *x.shape[1:])) if x.shape[:2] == (1, 1) else x
 
 
 def _check(
