@@ -23,7 +23,7 @@ from jax import P
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jax_flashmla import _exchange, context_parallel
-from jax_flashmla.testing import cases, checking, inputs
+from jax_flashmla.testing import cases, checking, inputs, query_oracle
 
 SIZES = mesh_calls.Sizes(batch=8, heads=64, pages=16, rows=16, dtype="bfloat16")
 CONTEXT = cases.Shape(6, 2, 64, pages=9, pool_pages=64, softmax_scale=mesh_calls.SCALE)
@@ -119,6 +119,8 @@ def _op_faults(call: mesh_calls.Call, operands: Sequence[jax.Array], got: Arrays
     faults = _part_faults(call, operands, got)
     if call.function in (mesh_calls.decode, mesh_calls.decode_with_schedule):
         return faults + _decode_faults(call, got)
+    if call.function is mesh_calls.absorbed_queries:  # fewer heads are divided among more blocks
+        return faults + _query_faults(call, got)
     return faults if call.function is mesh_calls.flash else faults + _whole_faults(call, got)
 
 
@@ -150,6 +152,12 @@ def _decode_faults(call: mesh_calls.Call, got: Arrays) -> list[str]:
         softmax_scale=mesh_calls.SCALE,
     )
     return judged(got, inputs.Inputs(*map(jnp.asarray, arrays)), shape)
+
+
+def _query_faults(call: mesh_calls.Call, got: Arrays) -> list[str]:
+    arrays = dict(zip(query_oracle.OPERANDS, call.whole(), strict=False))
+    faults = query_oracle.faults(got, arrays, interleave=False)
+    return [f"{faults} elements too far off"] if faults else []
 
 
 def judged(got: Arrays, data: inputs.Inputs, shape: cases.Shape) -> list[str]:

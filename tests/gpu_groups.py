@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "99", "--report-api-errors", "no")
 SMALL_JAX = "tests/gpu/small_cases.py"
 SMALL_CACHE = "tests/gpu/small_cache.py"
+SMALL_QUERIES = "tests/gpu/small_queries.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,12 @@ GROUPS = (
     Group("api", 120, tests=("tests/gpu/test_gpu_api.py",)),
     Group("handler", 120, tests=("tests/gpu/test_gpu_handler.py",)),
     Group("cache", 120, tests=("tests/gpu/test_gpu_cache.py",)),
+    Group("queries", 150, tests=("tests/gpu/test_gpu_queries.py",)),
+    Group(
+        "attention",
+        200,
+        tests=("tests/gpu/test_gpu_attention.py", "tests/gpu/test_gpu_attention_handler.py"),
+    ),
     Group("merge", 120, tests=("tests/gpu/test_gpu_merge.py",)),
     Group("exchange", 120, tests=("tests/gpu/test_gpu_exchange.py",)),
     Group("layer", 150, tests=("tests/gpu/test_gpu_layer.py",)),
@@ -118,7 +125,8 @@ GROUPS = (
     *(_sanitized_runner(tool) for tool in TOOLS),
     *(_sanitized_jax(tool) for tool in TOOLS),
     *(
-        _sanitized_jax(tool, "cache", SMALL_CACHE)
+        _sanitized_jax(tool, name, script)
+        for name, script in (("cache", SMALL_CACHE), ("queries", SMALL_QUERIES))
         for tool in ("memcheck", "racecheck", "initcheck")
     ),
 )

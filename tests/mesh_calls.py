@@ -11,7 +11,7 @@ from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 import jax_flashmla
-from jax_flashmla import cache
+from jax_flashmla import cache, mla
 from jax_flashmla.testing import logits
 
 Arrays = tuple[jax.Array, ...]
@@ -49,6 +49,10 @@ def append_projected(*arrays: jax.Array) -> Arrays:
     names = "latent_norm", "cos", "sin"
     rest = dict(zip(names, arrays[3:], strict=True))
     return (cache.append_projected(*arrays[:3], **rest, norm_eps=1e-6),)
+
+
+def absorbed_queries(*arrays: jax.Array) -> Arrays:
+    return mla.absorbed_queries(*arrays)
 
 
 def schedule(lengths: jax.Array) -> Arrays:
@@ -120,6 +124,16 @@ def append_arrays(sizes: Sizes) -> Arrays:
     return *(normal(sizes.dtype, *shape) for shape in floats), slots, *rotation
 
 
+def query_arrays(sizes: Sizes, width: int = 128, nope: int = 128) -> Arrays:
+    rows, heads = (sizes.batch, sizes.queries), sizes.heads
+    return (
+        normal(sizes.dtype, *rows, width),
+        normal(sizes.dtype, width, heads, nope + 64, sigma=width**-0.5),
+        normal(sizes.dtype, heads, nope, 512, sigma=nope**-0.5),
+        *(normal("float32", *rows, 32) for _ in range(2)),
+    )
+
+
 def normal(dtype: str, *shape: int, sigma: float = 1.0) -> np.ndarray:
     drawn = np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
     return (drawn * np.float32(sigma)).astype(jnp.dtype(dtype))
@@ -135,6 +149,7 @@ def calls(sizes: Sizes) -> dict[str, Call]:
     rows = sizes.batch, sizes.heads
     partials = normal(sizes.dtype, 3, *rows, 32), normal("float32", 3, *rows)
     both, data = (BOTH, BOTH, NONE, DATA, DATA), P("data")
+    hidden, by_head = query_arrays(sizes), (P(None, "model"), P("model"))
     found = {
         "decode, batch": Call(decode, arrays, (DATA, DATA, NONE, DATA, DATA), (DATA, data)),
         "decode, heads": Call(decode, arrays, (MODEL, MODEL, NONE, NONE, NONE), (MODEL,) * 2),
@@ -160,6 +175,15 @@ def calls(sizes: Sizes) -> dict[str, Call]:
             (DATA, DATA, DATA, NONE, DATA, DATA),
             (DATA,),
             paged=2,
+        ),
+        "absorbed_queries, batch": Call(
+            absorbed_queries, hidden, (DATA, NONE, NONE, DATA, DATA), (DATA,) * 2
+        ),
+        "absorbed_queries, heads": Call(
+            absorbed_queries, hidden, (NONE, *by_head, NONE, NONE), (MODEL,) * 2
+        ),
+        "absorbed_queries, batch and heads": Call(
+            absorbed_queries, hidden, (DATA, *by_head, DATA, DATA), (BOTH,) * 2
         ),
         "merge": Call(
             jax_flashmla.merge_partials,

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import context_pools
 import exported_exchange
+import exported_layer
 import exported_projected
 import exported_step
 import jax
@@ -18,8 +19,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_flashmla
-from jax_flashmla import _dispatch, cache, context_parallel, exporting
-from jax_flashmla.testing import cases, inputs
+from jax_flashmla import _dispatch, cache, context_parallel, exporting, mla
+from jax_flashmla.testing import cases, inputs, query_oracle
 
 SHAPE = cases.Shape(4, 2, 4, pages=3, pool_pages=16)
 SCALE = SHAPE.softmax_scale
@@ -38,6 +39,11 @@ STABLE_TARGETS_OF_EXCHANGE = {
 }
 
 STABLE_TARGETS_OF_PROJECTED = {"jax_flashmla_append_projected"}
+STABLE_TARGETS_OF_LAYER = {
+    "jax_flashmla_schedule",
+    "jax_flashmla_absorbed_queries",
+    "jax_flashmla_absorbed_attention",
+}
 
 decode = functools.partial(jax_flashmla.mla_decode, softmax_scale=SCALE, num_sm_parts=5)
 
@@ -100,6 +106,11 @@ def partials(size: int) -> tuple[jax.Array, jax.Array]:
     return outs, jnp.asarray(rng.standard_normal((3, size, 2)), jnp.float32)
 
 
+def hidden(size: int) -> tuple[jax.Array, ...]:
+    arrays = query_oracle.random_arrays(query_oracle.Sizes(size, 2, 128, 3, 128), "bfloat16")
+    return tuple(map(jnp.asarray, query_oracle.operands(arrays)))
+
+
 def metadata(cache_seqlens: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax_flashmla.get_mla_metadata(cache_seqlens, 8, 1, num_sm_parts=5)
 
@@ -115,6 +126,7 @@ PROGRAMS = {
     "append": (append, rows),
     "gather": (cache.gather, lambda size: batch_of(size)[2:]),
     "merge": (jax_flashmla.merge_partials, partials),
+    "absorbed_queries": (mla.absorbed_queries, hidden),
 }
 
 
@@ -157,8 +169,8 @@ def test_a_batch_without_bound_goes_to_cuda() -> None:
 
 
 def test_targets_are_those_of_exported_programs() -> None:
-    kept = STABLE_TARGETS | STABLE_TARGETS_OF_EXCHANGE | STABLE_TARGETS_OF_PROJECTED
-    assert set(exporting.TARGETS) == kept
+    of_one_device = STABLE_TARGETS | STABLE_TARGETS_OF_PROJECTED | STABLE_TARGETS_OF_LAYER
+    assert set(exporting.TARGETS) == of_one_device | STABLE_TARGETS_OF_EXCHANGE
 
 
 def mesh_of(axis_type: AxisType) -> jax.sharding.Mesh:
@@ -233,7 +245,11 @@ def test_beside_manual_axes_an_auto_axis_is_refused_too() -> None:
 
 @pytest.mark.parametrize(
     ("program", "wanted"),
-    [(exported_step, STABLE_TARGETS), (exported_projected, STABLE_TARGETS_OF_PROJECTED)],
+    [
+        (exported_step, STABLE_TARGETS),
+        (exported_projected, STABLE_TARGETS_OF_PROJECTED),
+        (exported_layer, STABLE_TARGETS_OF_LAYER),
+    ],
 )
 def test_the_kept_program_still_runs(program: ModuleType, wanted: set[str]) -> None:
     kept = export.deserialize(program.PATH.read_bytes())
@@ -262,7 +278,7 @@ def test_for_several_platforms_the_direct_exchange_is_a_gather() -> None:
     assert_same(jax.jit(exported.call)(*placed), jax.jit(function)(*placed))
 
 
-@pytest.mark.parametrize("program", [exported_step, exported_projected])
+@pytest.mark.parametrize("program", [exported_step, exported_projected, exported_layer])
 def test_the_kept_program_is_what_would_be_exported_today(program: ModuleType) -> None:
     kept, today = export.deserialize(program.PATH.read_bytes()), program.exported()
     assert kept.in_tree == today.in_tree

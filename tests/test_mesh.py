@@ -71,7 +71,7 @@ def jax_gathers_at_the_border() -> bool:
 
 
 MANY = ["decode, batch and heads", "decode, pool with the batch", "gather, KV heads"]
-MANY += ["append, pool with the rows", "merge"]
+MANY += ["append, pool with the rows", "absorbed_queries, batch and heads", "merge"]
 PAIRS = [(x, y) for x in CALLS for y in KINDS if x in MANY or y in ("Auto", "Explicit")]
 
 
@@ -91,7 +91,10 @@ def test_every_mesh_gives_the_result_of_one_device_without_collectives(
 
 
 @pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["decode, batch and heads", "append, pool with the rows"])
+@pytest.mark.parametrize(
+    "name",
+    ["decode, batch and heads", "append, pool with the rows", "absorbed_queries, batch and heads"],
+)
 def test_outside_of_jit(name: str, mesh: jax.sharding.Mesh) -> None:
     call = CALLS[name]
     got = call.function(*placed(call, mesh))
@@ -111,6 +114,15 @@ def test_operands_that_are_not_sharded_are_divided_as_the_others(
         compiled = jax.jit(call.function).lower(*arrays).compile()
         assert COLLECTIVE.findall(compiled.as_text()) == []
         assert_close(compiled(*arrays), call.expected())
+
+
+@pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["Auto", "Explicit"])
+def test_weights_that_are_stored_divided_are_gathered(mesh: jax.sharding.Mesh) -> None:
+    call = CALLS["absorbed_queries, batch"]
+    stored = dataclasses.replace(call, specs=(DATA, P("model"), NONE, DATA, DATA))
+    compiled = jax.jit(call.function).lower(*placed(stored, mesh)).compile()
+    assert COLLECTIVE.findall(compiled.as_text()) == ["all-gather"]  # of query_up
+    assert_close(compiled(*placed(stored, mesh)), call.expected())
 
 
 @pytest.mark.parametrize("mesh", [AUTO, EXPLICIT], ids=["Auto", "Explicit"])
