@@ -52,16 +52,17 @@ def layer_kernels(events: list[Event]) -> list[dict[str, object]]:
     of kernels count, each time is their median.
     """
     begins = [i for i, event in enumerate(events) if event.name.startswith("decode")]
-    layers = [events[i:j] for i, j in itertools.pairwise(begins)]
-    sequences = collections.Counter(tuple(event.name for event in layer) for layer in layers)
+    names = [event.name for event in events]
+    added = _added(events)
+    layers = list(itertools.pairwise(begins))
+    sequences = collections.Counter(tuple(names[i:j]) for i, j in layers)
     if not sequences:
         return []
-    ((names, _),) = sequences.most_common(1)
-    chosen = [layer for layer in layers if tuple(event.name for event in layer) == names]
-    times = zip(*map(_added, chosen), strict=True)
+    ((sequence, _),) = sequences.most_common(1)
+    times = zip(*(added[i:j] for i, j in layers if tuple(names[i:j]) == sequence), strict=True)
     return [
-        {"kernel": name, "us": statistics.median(added) / 1e3}
-        for name, added in zip(names, times, strict=True)
+        {"kernel": name, "us": statistics.median(each) / 1e3}
+        for name, each in zip(sequence, times, strict=True)
     ]
 
 
@@ -70,9 +71,9 @@ def text(kernels: list[dict[str, object]]) -> str:
     return ", ".join(f"{kernel['kernel']} {kernel['us']:.1f}" for kernel in kernels)
 
 
-def _added(layer: list[Event]) -> list[float]:
-    last, added = layer[0].start, []
-    for event in layer:
+def _added(events: list[Event]) -> list[float]:
+    last, added = 0.0, []
+    for event in events:
         added.append(max(0.0, event.end - max(last, event.start)))
         last = max(last, event.end)
     return added

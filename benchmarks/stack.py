@@ -196,10 +196,7 @@ def gather_attention(
     weights: mla.MLAWeights, config: mla.MLAConfig, x: jax.Array, pool: jax.Array, step: mla.Step
 ) -> tuple[jax.Array, jax.Array]:
     """`mla.decode` with what JAX users have today in the place of append and kernel."""
-    q_nope, q_rope, pool = layer.project_and_append(
-        weights, config, x, pool, step, implementation="xla"
-    )
-    q = layer.absorb(weights, q_nope), q_rope
+    *q, pool = layer.absorbed_and_append(weights, config, x, pool, step, implementation="xla")
     out = gather_einsum(*q, pool, step.block_table, step.cache_seqlens, None)
     return layer.project_back(weights, out), pool
 
