@@ -10,8 +10,8 @@ inline constexpr int kRopePairs = kRopeDim / 2;
 inline constexpr int kRopeVectors = kRopeDim / kVectorColumns;
 
 // Vector `index` of the rotated row, whose pairs end in columns (i, i + 32). `kInterleaved`: they
-// come from columns (2i, 2i + 1). `row(i)` is where vector i of the row is, `cos` and `sin` [32] are
-// the row's.
+// come from columns (2i, 2i + 1). `row(i)` is where vector i of the row is, `cos` and `sin` [32]
+// are the row's.
 template <class T, bool kInterleaved, class Row>
 __device__ __forceinline__ Vector<T> rotate_vector(Row row, const float* cos, const float* sin,
                                                    int index) {

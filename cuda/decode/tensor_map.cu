@@ -32,8 +32,8 @@ bool encode(CUtensorMap& map, ElementType type, const void* base, const cuuint64
   const cuuint32_t element_strides[] = {1, 1, 1, 1};
   const auto data_type = type == ElementType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encoder()(&map, data_type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  return encoder()(&map, data_type, 4, const_cast<void*>(base), sizes, strides, box,
+                   element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                    CU_TENSOR_MAP_L2_PROMOTION_NONE,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
