@@ -153,9 +153,9 @@ def test_every_mesh_gives_the_result_of_one_device_without_collectives(
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
 @pytest.mark.parametrize("sharded", SHARDED)
 @pytest.mark.parametrize("name", SMALL)
-def test_two_queries_in_bfloat16_which_has_the_one_call(name: str, sharded: str, kind: str) -> None:
+def test_two_queries_in_float16_which_has_the_one_call(name: str, sharded: str, kind: str) -> None:
     axis_type, meet = mesh_calls.KINDS[kind]
-    call, expected = call_of(name, sharded, dtype="bfloat16", s_q=2)
+    call, expected = call_of(name, sharded, dtype="float16", s_q=2)
     call = meet(call, MESHES[axis_type])
     given = placed(call, MESHES[axis_type])
     compiled = jax.jit(call.function).lower(*given).compile()
