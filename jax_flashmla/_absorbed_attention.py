@@ -195,7 +195,8 @@ def _of_queries(implementation: Implementation) -> Implementation:
 def _function(static: Static) -> Callable:
     def local(*arrays: jax.Array) -> Arrays:
         operands = Operands(*arrays)
-        if static.implementation == "xla" or _refusal(*operands) or _has_many_tokens(operands):
+        many = _queries.has_many_tokens(operands.slots)
+        if many or static.implementation == "xla" or _refusal(*operands):
             return _separate_here(operands, static)
         schedule = _primitives.schedule_here(
             operands[-2:],
@@ -367,10 +368,6 @@ def _refusal(*operands: jax.Array) -> str | None:
     if named.low_rank and not (0 < named.side.shape[0] <= MOST_RANK):
         return f"the low rank is {named.side.shape[0]}; the kernel norms up to {MOST_RANK} columns"
     return _queries.refusal(x, named.query_up, named.key_up)
-
-
-def _has_many_tokens(operands: Operands) -> bool:
-    return _queries.has_many_tokens(operands.slots)
 
 
 _operation.define(

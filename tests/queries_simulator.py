@@ -125,6 +125,10 @@ class ProducerWarp:
         if self.shape.splits > 1:
             yield from self.m.wait("cluster", phase=0)
             yield from self.m.arrive("cluster")
+        yield from self.end()
+
+    def end(self) -> Step:
+        if self.shape.splits > 1:
             yield from self.m.wait("cluster", phase=1)
         self.c.leave(self.block)
 

@@ -77,16 +77,9 @@ class LeavesEarly(MathWarp):
 class ProducerLeavesEarly(ProducerWarp):
     """The same of the producer."""
 
-    def run(self) -> Step:
-        yield from self.init_barriers()
-        yield from self.m.arrive("begun", self.block)
-        if self.shape.splits > 1:
-            yield from self.m.arrive("cluster")
-        yield from self.load()
-        if self.shape.splits > 1:
-            yield from self.m.wait("cluster", phase=0)
-            yield from self.m.arrive("cluster")
+    def end(self) -> Step:
         self.c.leave(self.block)
+        yield
 
 
 class ProducerLeaves(ProducerWarp):
