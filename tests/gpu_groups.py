@@ -125,8 +125,8 @@ GROUPS = (
     *(_sanitized_runner(tool) for tool in TOOLS),
     *(_sanitized_jax(tool) for tool in TOOLS),
     *(
-        _sanitized_jax(tool, name, script)
-        for name, script in (("cache", SMALL_CACHE), ("queries", SMALL_QUERIES))
+        _sanitized_jax(tool, "cache", SMALL_CACHE)
         for tool in ("memcheck", "racecheck", "initcheck")
     ),
+    *(_sanitized_jax(tool, "queries", SMALL_QUERIES) for tool in TOOLS),
 )

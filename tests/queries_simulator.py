@@ -25,6 +25,8 @@ class Shape:
         groups: math warpgroups; all but the last one have columns of q_nope.
         stages: of the ring.
         is_down: a plain product, without an absorption.
+        meets_at_waits: warps arrive at the cluster's barrier where they wait for it, as under
+            compute-sanitizer, and not before.
     """
 
     splits: int
@@ -33,6 +35,7 @@ class Shape:
     groups: int = 3
     stages: int = 3
     is_down: bool = False
+    meets_at_waits: bool = False
 
     @property
     def warps(self) -> int:
@@ -56,10 +59,22 @@ class Cluster:
                 m.add_barrier("empty", block, stage, arrivals=shape.warps)
             m.add_barrier("columns_ready", block, arrivals=1)
             m.add_barrier("queries_ready", block, arrivals=1)
+            m.add_barrier("may_leave", block, arrivals=shape.splits - 1)
             m.add_barrier("begun", block, arrivals=shape.warps + 1)
             m.add_barrier("meet", block, arrivals=shape.warps)
             for group in range(shape.groups):
                 m.add_barrier("group_meet", block, group, arrivals=WARPS_PER_GROUP)
+
+    def arrive_begun(self, block: int) -> Step:
+        if self.shape.splits == 1:
+            yield from self.m.arrive("begun", block)
+        elif not self.shape.meets_at_waits:
+            yield from self.m.arrive("cluster")
+
+    def wait_for_cluster(self) -> Step:
+        if self.shape.meets_at_waits:
+            yield from self.m.arrive("cluster")
+        yield from self.m.wait("cluster", phase=0)
 
     def slices(self, name: str, block: int, owner: int) -> list[Region]:
         """By the warp that writes there: columns of sums, or queries, that `owner` adds up."""
@@ -118,18 +133,16 @@ class ProducerWarp:
 
     def run(self) -> Step:
         yield from self.init_barriers()
-        yield from self.m.arrive("begun", self.block)
+        yield from self.c.arrive_begun(self.block)
+        yield from self.begin()
         if self.shape.splits > 1:
-            yield from self.m.arrive("cluster")
+            yield from self.c.wait_for_cluster()
         yield from self.load()
-        if self.shape.splits > 1:
-            yield from self.m.wait("cluster", phase=0)
-            yield from self.m.arrive("cluster")
         yield from self.end()
 
     def end(self) -> Step:
         if self.shape.splits > 1:
-            yield from self.m.wait("cluster", phase=1)
+            yield from self.m.wait("may_leave", self.block, phase=0)
         self.c.leave(self.block)
 
     def init_barriers(self) -> Step:
@@ -141,12 +154,17 @@ class ProducerWarp:
         yield
         self.m.region("barriers", self.block).tag = "initialised"
 
-    def load(self) -> Step:
-        ahead = min(self.shape.stages, self.shape.steps)
-        for step in range(ahead):  # [1]
+    @property
+    def ahead(self) -> int:
+        return min(self.shape.stages, self.shape.steps)
+
+    def begin(self) -> Step:
+        for step in range(self.ahead):  # [1]
             yield from self.load_weights(step)
+
+    def load(self) -> Step:
         for step in range(self.shape.steps):
-            if step >= ahead:
+            if step >= self.ahead:
                 yield from self.load_weights(step)
             stage = step % self.shape.stages
             x = [self.m.region("x", self.block, stage)]
@@ -189,10 +207,8 @@ class MathWarp:
         self.group_meetings = 0
 
     def run(self) -> Step:
-        yield from self.m.arrive("begun", self.block)
-        yield from self.m.wait("begun", self.block, phase=0)
-        if self.shape.splits > 1:
-            yield from self.m.arrive("cluster")
+        yield from self.c.arrive_begun(self.block)
+        yield from self.wait_until_begun()
         yield from self.project()  # [2]
         yield from (self.add_splits() if self.shape.splits > 1 else self.keep_own())
         if self.shape.is_down:
@@ -201,12 +217,13 @@ class MathWarp:
             yield from self.absorb()
             if self.block == 0 and self.group == self.shape.groups - 1:
                 yield from self.read_queries(range(self.shape.splits))  # [8]
-        yield from self.end()
-
-    def end(self) -> Step:
-        if self.shape.splits > 1:
-            yield from self.m.wait("cluster", phase=1)
         self.c.leave(self.block)
+
+    def wait_until_begun(self) -> Step:
+        if self.shape.splits > 1:
+            yield from self.c.wait_for_cluster()
+        else:
+            yield from self.m.wait("begun", self.block, phase=0)
 
     def project(self) -> Step:
         for step in range(self.shape.steps):
@@ -233,7 +250,6 @@ class MathWarp:
             yield from self.m.write(region, ("columns", self.block, owner))
         yield from self.m.fence("columns", own)
         yield from self.meet()
-        yield from self.m.wait("cluster", phase=0)
         yield from self.give_columns()
         yield from self.m.wait("columns_ready", self.block, phase=0)
         yield from self.add()
@@ -241,7 +257,7 @@ class MathWarp:
         if not self.shape.is_down:
             yield from self.give_sums()
             yield from self.m.wait("queries_ready", self.block, phase=0)
-        yield from self.m.arrive("cluster")
+        yield from self.release_others()
 
     def others(self) -> Iterator[int]:
         """For the one thread that copies, all blocks but its own."""
@@ -269,6 +285,12 @@ class MathWarp:
             source = self.c.slices("queries", self.block, self.block)
             target = self.c.slices("queries", other, self.block)
             yield from self.c.copy_to_block(source, target, "queries_ready")
+
+    def release_others(self) -> Step:
+        for other in self.others():
+            if other in self.c.left:
+                raise Violation(f"block {other} has left")
+            yield from self.m.arrive("may_leave", other)
 
     def absorb(self) -> Step:
         """[6]."""

@@ -3,6 +3,8 @@
 Deliberate mistakes show that the simulator finds what goes wrong.
 """
 
+import dataclasses
+
 import pytest
 from barrier_machine import NO_FAULTS, Faults, Step, Violation
 from queries_simulator import MathWarp, ProducerWarp, Shape, simulate
@@ -15,6 +17,7 @@ SHAPES = {
     "two blocks, a short ring": Shape(splits=2, steps=1, tiles=4, stages=2),
     "three blocks, a product down": Shape(splits=3, steps=2, tiles=0, is_down=True),
     "four blocks": Shape(splits=4, steps=2, tiles=2),
+    "four blocks under compute-sanitizer": Shape(splits=4, steps=7, tiles=2, meets_at_waits=True),
     "four groups": Shape(splits=2, steps=2, tiles=4, groups=4),
 }
 SEEDS = 12
@@ -47,10 +50,13 @@ def found(
     [
         *(
             f"wait {name}"
-            for name in ("full", "empty", "columns_ready", "queries_ready", "cluster")
+            for name in ("full", "empty", "columns_ready", "queries_ready", "may_leave", "cluster")
         ),
         *(f"wait {name}" for name in ("meet", "group_meet")),
-        *(f"arrive {name}" for name in ("empty", "cluster", "meet", "group_meet", "begun")),
+        *(
+            f"arrive {name}"
+            for name in ("empty", "may_leave", "cluster", "meet", "group_meet", "begun")
+        ),
         *(f"fence {name}" for name in ("columns", "queries")),
     ],
 )
@@ -60,48 +66,40 @@ def test_a_missing_step_is_found(step: str) -> None:
 
 @pytest.mark.parametrize(
     ("barrier", "arrivals"),
-    [("full", 2), ("empty", 11), ("empty", 13), ("meet", 11), ("cluster", 25), ("begun", 12)],
+    [
+        ("full", 2),
+        ("empty", 11),
+        ("empty", 13),
+        ("meet", 11),
+        ("cluster", 25),
+        ("begun", 12),
+        ("may_leave", 2),
+    ],
 )
 def test_a_wrong_arrival_count_is_found(barrier: str, arrivals: int) -> None:
     assert found(Faults(arrivals=((barrier, arrivals),)))
 
 
-class LeavesEarly(MathWarp):
-    """A warp does not wait for what is copied out of its block."""
-
-    def end(self) -> Step:
-        self.c.leave(self.block)
-        yield
-
-
-class ProducerLeavesEarly(ProducerWarp):
-    """The same of the producer."""
-
-    def end(self) -> Step:
-        self.c.leave(self.block)
-        yield
-
-
-class ProducerLeaves(ProducerWarp):
-    """The producer neither waits for the others nor tells them that it is done."""
-
-    def run(self) -> Step:
-        yield from self.init_barriers()
-        yield from self.m.arrive("begun", self.block)
-        yield from self.load()
-        self.c.leave(self.block)
-
-
 class TellsEarly(MathWarp):
-    """A warp tells the cluster that copies have ended before it knows."""
+    """A warp tells the others that their copies have ended before it knows."""
 
-    def give_sums(self) -> Step:
-        yield from super().give_sums()
-        yield from self.m.arrive("cluster")
+    def give_columns(self) -> Step:
+        yield from super().give_columns()
+        yield from super().release_others()
 
-    def end(self) -> Step:
-        yield from self.m.wait("cluster", phase=1)
-        self.c.leave(self.block)
+    def release_others(self) -> Step:
+        yield from ()
+
+
+class WaitsLate(MathWarp):
+    """A warp waits for the cluster only where it needs it, behind what needs the producer."""
+
+    def wait_until_begun(self) -> Step:
+        yield from ()
+
+    def project(self) -> Step:
+        yield from super().project()
+        yield from super().wait_until_begun()
 
 
 class HastyOut(MathWarp):
@@ -122,8 +120,14 @@ class LoneQueries(MathWarp):
 
 
 def test_a_mistaken_role_is_found() -> None:
-    assert found(math_warp=LeavesEarly, producer_warp=ProducerLeavesEarly)
     assert found(math_warp=HastyOut)
     assert found(math_warp=LoneQueries)
-    assert found(producer_warp=ProducerLeaves)
     assert found(math_warp=TellsEarly)
+
+
+def test_a_late_wait_is_found_as_by_compute_sanitizer() -> None:
+    shape = SHAPES["two blocks"]
+    for seed in range(SEEDS):
+        simulate(shape, seed, math_warp=WaitsLate)  # otherwise it is right
+        with pytest.raises(Violation, match="deadlock"):
+            simulate(dataclasses.replace(shape, meets_at_waits=True), seed, math_warp=WaitsLate)

@@ -17,14 +17,16 @@ class Producer {
   __device__ Producer(Storage& storage, const Arguments& a, const Share& share)
       : storage_(storage), a_(a), share_(share) {}
 
+  // [1] Of what fills the ring at first, the kernel ahead can still be making x.
+  __device__ __forceinline__ void begin() {
+    for (int step = share_.begin_step; step < ahead(); ++step) load_weights(step);
+  }
+
   __device__ __forceinline__ void run() {
-    // [1] Of what fills the ring at first, the kernel ahead can still be making x.
-    const int ahead = min(share_.begin_step + Storage::kStages, share_.end_step);
     RingPosition<Storage::kStages> position_of_x;
-    for (int step = share_.begin_step; step < ahead; ++step) load_weights(step);
     sm90::wait_for_previous_kernel();
     for (int step = share_.begin_step; step < share_.end_step; ++step) {
-      if (step >= ahead) load_weights(step);
+      if (step >= ahead()) load_weights(step);
       sm90::tma_load_4d(sm90::shared_address(storage_.x[position_of_x.slot]), a_.x_map,
                         storage_.barriers.full[position_of_x.slot], 0, share_.first_token, step, 0);
       position_of_x.advance();
@@ -38,6 +40,11 @@ class Producer {
   }
 
  private:
+  // The end of the steps that fill the ring at first.
+  __device__ __forceinline__ int ahead() const {
+    return min(share_.begin_step + Storage::kStages, share_.end_step);
+  }
+
   // The weights of 64 columns of x; the stage waits for these, too.
   __device__ __forceinline__ void load_weights(int step) {
     sm90::Barrier& full = next_stage(Storage::kStageBytes);
@@ -65,18 +72,22 @@ class Producer {
 };
 
 template <class Storage>
-__device__ __forceinline__ void init_barriers(Storage& storage, const Share& share) {
+__device__ __forceinline__ void init_ring(Storage& storage) {
   for (int stage = 0; stage < Storage::kStages; ++stage) {
     sm90::barrier_init(storage.barriers.full[stage], 1);
     sm90::barrier_init(storage.barriers.empty[stage], Storage::kGroups * kWarpsPerGroup);
   }
+}
+
+// Where blocks share a head: what the others copy here, and that nobody copies from here any more.
+template <class Storage>
+__device__ __forceinline__ void init_exchange(Storage& storage, int others) {
   sm90::barrier_init(storage.barriers.columns_ready, 1);
   sm90::barrier_init(storage.barriers.queries_ready, 1);
-  sm90::barrier_init_fence();
-  // What the other blocks of a cluster copy here.
-  const uint32_t others = Storage::kColumns / share.splits * (share.splits - 1);
-  sm90::barrier_arrive_expect(storage.barriers.columns_ready, others * Storage::kColumnBytes);
-  sm90::barrier_arrive_expect(storage.barriers.queries_ready, others / 8 * Storage::kVectorBytes);
+  sm90::barrier_init(storage.barriers.may_leave, others);
+  const uint32_t columns = Storage::kColumns / (others + 1) * others;
+  sm90::barrier_arrive_expect(storage.barriers.columns_ready, columns * Storage::kColumnBytes);
+  sm90::barrier_arrive_expect(storage.barriers.queries_ready, columns / 8 * Storage::kVectorBytes);
 }
 
 template <class T, int kNopeTiles, int kTokens, bool kSplits>
@@ -89,26 +100,37 @@ __global__ void __launch_bounds__(kThreads<kNopeTiles>, 1)
   const Share share(arguments, kTokens);
 
   sm90::fill_with_nan(shared_bytes, sizeof(storage));
+  sm90::allow_next_kernel();
   if (warp == Storage::kGroups * kWarpsPerGroup) {
     const bool first = threadIdx.x % 32 == 0;
-    if (first) init_barriers(storage, share);
-    __syncwarp();
-    sm90::named_barrier_arrive(kBegun, kThreads<kNopeTiles>);  // it need not wait for the others
-    sm90::allow_next_kernel();
-    if constexpr (kSplits) sm90::cluster_arrive();
-    if (first) Producer<kNopeTiles, kTokens, kSplits>(storage, arguments, share).run();
+    Producer<kNopeTiles, kTokens, kSplits> producer(storage, arguments, share);
+    if (first) {
+      init_ring(storage);
+      if constexpr (kSplits) init_exchange(storage, share.splits - 1);
+      sm90::barrier_init_fence();
+    }
     __syncwarp();
     if constexpr (kSplits) {
-      sm90::cluster_wait();
       sm90::cluster_arrive();
+    } else {
+      sm90::named_barrier_arrive(kBegun, kThreads<kNopeTiles>);  // it waits for no other warp
+    }
+    if (first) producer.begin();
+    __syncwarp();
+    if constexpr (kSplits) sm90::cluster_wait();
+    if (first) {
+      producer.run();
+      if constexpr (kSplits) sm90::barrier_wait(storage.barriers.may_leave, 0);
     }
   } else {
-    sm90::named_barrier_sync(kBegun, kThreads<kNopeTiles>);
-    sm90::allow_next_kernel();
-    if constexpr (kSplits) sm90::cluster_arrive();
+    if constexpr (kSplits) {
+      sm90::cluster_arrive();
+      sm90::cluster_wait();
+    } else {
+      sm90::named_barrier_sync(kBegun, kThreads<kNopeTiles>);
+    }
     Math<T, kNopeTiles, kTokens, kSplits>(storage, arguments.params, share).run();
   }
-  if constexpr (kSplits) sm90::cluster_wait();  // nobody copies from this block any more
 }
 
 }  // namespace flashmla::queries

@@ -75,7 +75,6 @@ class Math {
     store_columns();
     sm90::async_proxy_fence();
     meet();
-    sm90::cluster_wait();  // all have begun
     const int other = thread();
     const bool gives = other < share_.splits && other != share_.rank;
     if (gives) {
@@ -97,7 +96,7 @@ class Math {
       }
       sm90::barrier_wait(storage_.barriers.queries_ready, 0);
     }
-    sm90::cluster_arrive();  // the others' copies are done
+    if (gives) sm90::arrive_at_block(storage_.barriers.may_leave, other);
   }
 
   // The fragment as columns in float32.

@@ -74,6 +74,7 @@ struct Storage {
     uint64_t empty[kStages];  // math -> producer
     uint64_t columns_ready;   // the other blocks of a cluster -> math
     uint64_t queries_ready;   // the same
+    uint64_t may_leave;       // the same: nobody copies from here any more
   } barriers;
 
   __device__ __forceinline__ uint8_t* out(int group) {

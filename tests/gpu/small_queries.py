@@ -94,12 +94,15 @@ def attention_faults(*, low_rank: bool) -> int:
 
 
 def main() -> int:
-    found = {name: faults(case) for name, case in CASES.items()}
-    found["attention"] = attention_faults(low_rank=False)
-    found["attention, low rank"] = attention_faults(low_rank=True)
-    for name, wrong in found.items():
-        print(name, f"{wrong} wrong elements" if wrong else "ok")
-    return any(found.values())
+    checks = {name: functools.partial(faults, case) for name, case in CASES.items()}
+    checks["attention"] = functools.partial(attention_faults, low_rank=False)
+    checks["attention, low rank"] = functools.partial(attention_faults, low_rank=True)
+    failed = False
+    for name, count_faults in checks.items():
+        wrong = count_faults()
+        failed |= wrong > 0
+        print(name, f"{wrong} wrong elements" if wrong else "ok", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
