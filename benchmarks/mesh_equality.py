@@ -11,6 +11,8 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
+import attention_calls
+import attention_cases
 import context_pools
 import exchange_partials
 import jax
@@ -57,7 +59,7 @@ def check(devices: Sequence[jax.Device]) -> list[dict]:
     Returns:
         One entry per op and kind of mesh: how many checks, how many passed, what was wrong.
     """
-    checks = [*_ops(devices), *_context(devices), *_direct(devices)]
+    checks = [*_ops(devices), *_attention(devices), *_context(devices), *_direct(devices)]
     with concurrent.futures.ThreadPoolExecutor(measure.COMPILE_THREADS) as threads:
         ready = list(
             threads.map(lambda x: jax.jit(x.function).lower(*x.operands).compile(), checks)
@@ -164,6 +166,33 @@ def judged(got: Arrays, data: inputs.Inputs, shape: cases.Shape) -> list[str]:
     """What is wrong with a decode, by the tests' tolerances."""
     on_one = tuple(jnp.asarray(np.asarray(x)) for x in got)
     return list(checking.judge(on_one, data, shape).faults)
+
+
+def _attention(devices: Sequence[jax.Device]) -> Iterator[Check]:
+    """A layer's attention in one call, with queries of low rank and without."""
+    n = len(devices)
+    for sharded in attention_calls.SHARDED:
+        shape = (2, n // 2) if "batch" in sharded else (1, n)
+        for model in attention_cases.SMALL:
+            call, expected = attention_calls.call_of(model, sharded, dtype="bfloat16", s_q=2)
+            for kind, (axis_type, meet) in mesh_calls.KINDS.items():
+                mesh = mesh_calls.mesh_of(shape, axis_type, devices)
+                over = meet(call, mesh)
+                operands = mesh_calls.placed(over, mesh)
+                faults = functools.partial(_attention_faults, call, expected, operands)
+                yield Check(f"attention, {sharded}", kind, over.function, operands, faults)
+
+
+def _attention_faults(
+    call: mesh_calls.Call, expected: Arrays, operands: Sequence[jax.Array], got: Arrays
+) -> list[str]:
+    """Fewer heads are divided among more blocks, fewer requests among other parts."""
+    close = all(
+        np.allclose(np.float32(x), np.float32(y), rtol=2**-6, atol=2**-6)
+        for x, y in zip(got, expected, strict=True)
+    )
+    faults = _part_faults(call, operands, got)
+    return faults if close else [*faults, "far from one device for the whole"]
 
 
 def _context(devices: Sequence[jax.Device]) -> Iterator[Check]:
