@@ -133,57 +133,33 @@ def _compose(
     return decode(q_latent, q_rope, cache, *operands[-4:]), cache
 
 
-def _separate(operands: Operands, static: Static) -> tuple[jax.Array, jax.Array]:
-    """The operations as their users call them."""
+def _separate(
+    operands: Operands, static: Static, *, here: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The operations as their users call them, or `here`, on what a device has."""
     scale, eps, interleave, implementation = static
     rotated = {"interleave": interleave, "implementation": implementation}
     projected = {"interleave": interleave, "implementation": _of_queries(implementation)}
+    attention = {"softmax_scale": scale, "causal": True, "implementation": implementation}
 
-    def decode(*arrays: jax.Array) -> jax.Array:
-        return _primitives.decode(
-            arrays[:5],
-            Schedule(*arrays[5:]),
-            num_sm_parts=None,
-            softmax_scale=scale,
-            causal=True,
-            implementation=implementation,
-        )[0]
-
-    return _compose(
-        operands,
-        static,
-        lambda *arrays: _queries.absorbed_queries(arrays, **projected),
-        lambda *arrays: _cache_primitives.append_projected(arrays, **rotated, norm_eps=eps),
-        decode,
-    )
-
-
-def _separate_here(operands: Operands, static: Static) -> tuple[jax.Array, jax.Array]:
-    """The operations on what a device has."""
-    scale, eps, interleave, implementation = static
-    rotated = {"interleave": interleave, "implementation": implementation}
-    projected = {"interleave": interleave, "implementation": _of_queries(implementation)}
+    def queries(*arrays: jax.Array) -> Arrays:
+        project = _queries.project_here if here else _queries.absorbed_queries
+        return project(arrays, **projected)
 
     def append(*arrays: jax.Array) -> jax.Array:
+        if not here:
+            return _cache_primitives.append_projected(arrays, **rotated, norm_eps=eps)
         primitive = _cache_primitives.append_projected_p
         return primitive.bind(*_manual_axes.align(arrays), **rotated, norm_eps=eps)[0]
 
     def decode(*arrays: jax.Array) -> jax.Array:
-        return _primitives.decode_here(
-            _manual_axes.align(arrays),
-            num_sm_parts=None,
-            softmax_scale=scale,
-            causal=True,
-            implementation=implementation,
-        )[0]
+        if here:
+            aligned = _manual_axes.align(arrays)
+            return _primitives.decode_here(aligned, num_sm_parts=None, **attention)[0]
+        schedule = Schedule(*arrays[5:])
+        return _primitives.decode(arrays[:5], schedule, num_sm_parts=None, **attention)[0]
 
-    return _compose(
-        operands,
-        static,
-        lambda *arrays: _queries.project_here(arrays, **projected),
-        append,
-        decode,
-    )
+    return _compose(operands, static, queries, append, decode)
 
 
 def _of_queries(implementation: Implementation) -> Implementation:
@@ -197,7 +173,7 @@ def _function(static: Static) -> Callable:
         operands = Operands(*arrays)
         many = _queries.has_many_tokens(operands.slots)
         if many or static.implementation == "xla" or _refusal(*operands):
-            return _separate_here(operands, static)
+            return _separate(operands, static, here=True)
         schedule = _primitives.schedule_here(
             operands[-2:],
             operands.cache_seqlens,

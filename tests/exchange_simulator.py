@@ -1,4 +1,4 @@
-"""The protocol of `cuda/exchange/exchange.cu`, run by devices of any speed and any order of writes.
+"""The protocol of `cuda/exchange/kernel.cuh`, run by devices of any speed and any order of writes.
 
 A device runs its exchanges one after the other. In each, warps walk their rows as the kernel does:
 write, merge, in two rounds also send and receive. Between any two steps any other warp of any

@@ -95,7 +95,7 @@ def _sanitized_jax(tool: str, name: str = "jax", script: str = SMALL_JAX) -> Gro
 
 PROBES = (
     "boxes", "one_hot", "walk", "values", "weights", "ring", "named_barriers", "combine",
-    "schedule",
+    "schedule", "exchange",
 )  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 GROUPS = (

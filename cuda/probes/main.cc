@@ -25,6 +25,7 @@ constexpr struct {
     {"named_barriers", "the meeting of a half's four warps", probe_named_barriers},
     {"combine", "the merge of 2 to 200 splits, some of them empty", probe_combine},
     {"schedule", "the schedule of random batches, against the serial one", probe_schedule},
+    {"exchange", "2 to 16 devices, played by streams, that exchange and merge", probe_exchange},
 };
 
 }  // namespace

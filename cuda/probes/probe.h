@@ -18,6 +18,7 @@ bool probe_ring();
 bool probe_named_barriers();
 bool probe_combine();
 bool probe_schedule();
+bool probe_exchange();
 
 class Mismatches {
  public:
