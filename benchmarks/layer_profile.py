@@ -66,6 +66,13 @@ def layer_kernels(events: list[Event]) -> list[dict[str, object]]:
     ]
 
 
+def kind(kernel: str) -> str:
+    """What a kernel is for: "attention", "products" (the projections) or "small kernels"."""
+    if kernel.startswith(("decode", "combine")):
+        return "attention"
+    return "products" if kernel.startswith(("gemm", "nvjet", "queries")) else "small kernels"
+
+
 def text(kernels: list[dict[str, object]]) -> str:
     """The kernels in one line."""
     return ", ".join(f"{kernel['kernel']} {kernel['us']:.1f}" for kernel in kernels)

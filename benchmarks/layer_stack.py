@@ -46,6 +46,16 @@ COLUMNS = (
 )
 
 
+LAYER_COLUMNS = (
+    "step",
+    "attention",
+    "attention's floor",
+    "products",
+    "weights' floor",
+    "small kernels",
+)
+
+
 def main() -> None:
     """Measures, prints a table, keeps the JSON up to date after every row."""
     options = _options()
@@ -72,6 +82,8 @@ def main() -> None:
     env["card_after"] = environment.card()
     script.write(result, options, RESULTS)
     print(table(entries))
+    if options.profile:
+        print("\nus per layer\n\n" + layer_table(entries))
 
 
 def measure(
@@ -159,6 +171,26 @@ def table(entries: list[dict[str, object]]) -> str:
     lines.append(f"\n{within} of {len(over)} rows within {GOAL} of the floors")
     if any(entry["shared_pages"] for entry in entries):
         lines.append("\n*: the cache does not fit; requests share pages, and the floor counts once")
+    return "\n".join(lines)
+
+
+def layer_table(entries: list[dict[str, object]]) -> str:
+    """What a layer's time goes to, as Markdown."""
+    header = "model, batch × tokens", *LAYER_COLUMNS
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for entry in entries:
+        times = dict.fromkeys(LAYER_COLUMNS, 0.0)
+        for column, name in (
+            ("step", "us"),
+            ("attention's floor", "attention_floor_us"),
+            ("weights' floor", "weight_floor_us"),
+        ):
+            times[column] = entry[name] / entry["layers"]
+        for kernel in entry.get("layer_kernels", []):
+            times[layer_profile.kind(kernel["kernel"])] += kernel["us"]
+        cells = [f"{times[column]:.1f}" for column in LAYER_COLUMNS]
+        name = f"{entry['model']}, {entry['batch']} × {entry['seqlen']}"
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 

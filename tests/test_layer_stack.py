@@ -101,6 +101,22 @@ def test_profile_counts_what_each_kernel_adds(load: Callable[[str], ModuleType])
     assert profile.layer_kernels([]) == []
 
 
+def test_layer_table_sums_kernels_by_kind(load: Callable[[str], ModuleType]) -> None:
+    names = "decode_few_kernel", "combine_kernel", "queries_kernel", "gemm_fusion_dot", "fusion"
+    entry = {
+        "model": "v3",
+        "layers": 2,
+        "batch": 1,
+        "seqlen": 64,
+        "us": 70.0,
+        "attention_floor_us": 4.0,
+        "weight_floor_us": 8.0,
+        "layer_kernels": [{"kernel": name, "us": 2.0**i} for i, name in enumerate(names)],
+    }
+    *_, row = load("layer_stack").layer_table([entry]).splitlines()
+    assert row == "| v3, 1 × 64 | 35.0 | 3.0 | 2.0 | 12.0 | 4.0 | 16.0 |"
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [
