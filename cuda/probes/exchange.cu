@@ -167,10 +167,10 @@ class World {
     if (random_() % 3 == 0) {
       delay_kernel<<<1, 1, 0, device.stream>>>(static_cast<int>(random_() % kMostDelay));
     }
-    // As many blocks as chance has it: some devices are at their next exchange, others still merge.
-    const int blocks = 1 + static_cast<int>(random_() % kMostBlocks);
-    exchange::exchange_kernel<__nv_bfloat16><<<blocks, exchange::kThreads, 0, device.stream>>>(
-        params, reinterpret_cast<Mailbox*>(device.mailbox.get()), kDevices);
+    const int wanted = (plan.rows + exchange::kWarps - 1) / exchange::kWarps;
+    exchange::exchange_kernel<__nv_bfloat16>
+        <<<std::min(wanted, kMostBlocks), exchange::kThreads, 0, device.stream>>>(
+            params, reinterpret_cast<Mailbox*>(device.mailbox.get()), kDevices);
   }
 
   // One row in float64; returns its lse.

@@ -87,8 +87,7 @@ __device__ __forceinline__ void init_exchange(Storage& storage, int others) {
   sm90::barrier_init(storage.barriers.may_leave, others);
   const uint32_t columns = Storage::kColumns / (others + 1) * others;
   sm90::barrier_arrive_expect(storage.barriers.columns_ready, columns * Storage::kColumnBytes);
-  sm90::barrier_arrive_expect(storage.barriers.queries_ready,
-                              columns / kVectorColumns * Storage::kVectorBytes);
+  sm90::barrier_arrive_expect(storage.barriers.queries_ready, columns / 8 * Storage::kVectorBytes);
 }
 
 template <class T, int kNopeTiles, int kTokens, bool kSplits>

@@ -29,7 +29,7 @@ FLASHMLA_HOST_DEVICE constexpr int most_split_tokens(int nope_tiles) {
 }
 
 enum NamedBarrier : uint32_t {
-  kBegun = 1,          // all threads of a block with a head to itself: barriers are initialised
+  kBegun = 1,          // all threads: barriers are initialised
   kMathMeet = 2,       // all math warpgroups
   kWarpgroupMeet = 3,  // + warpgroup: the threads of one
 };
