@@ -44,8 +44,6 @@ COLUMNS = (
     "weight floor us",
     "over floors",
 )
-
-
 LAYER_COLUMNS = (
     "step",
     "attention",

@@ -61,9 +61,7 @@ def check(devices: Sequence[jax.Device]) -> list[dict]:
     """
     checks = [*_ops(devices), *_attention(devices), *_context(devices), *_direct(devices)]
     with concurrent.futures.ThreadPoolExecutor(measure.COMPILE_THREADS) as threads:
-        ready = list(
-            threads.map(lambda x: jax.jit(x.function).lower(*x.operands).compile(), checks)
-        )
+        ready = list(threads.map(_compiled, checks))
     entries: dict[tuple[str, str], dict] = defaultdict(lambda: {"total": 0, "wrong": []})
     for each, run in script.progress(
         zip(checks, ready, strict=True), len(checks), f"checks on {len(devices)}"
