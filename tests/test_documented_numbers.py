@@ -86,6 +86,23 @@ def test_readme_has_the_steps_of_all_layers(name: str) -> None:
     assert "One row of twelve is within the goal of 1.25" in README
 
 
+def test_readme_has_the_times_of_the_cache_operations() -> None:
+    measured = json.loads((RESULTS / "h200-cache-ops.json").read_text())["rows"]
+    by_name = {row["row"]: row for row in measured}
+    text = README.replace("\n", " ")
+    for words, name in (
+        ("append 131,072 rows {} us ({} of copy bandwidth)", "append/131072"),
+        ("with rotation {} us ({})", "rotated/131072"),
+        ("`append_projected` {} us ({})", "projected/131072"),
+        ("gather 128 × 4096 tokens {} us ({})", "gather/128x4096"),
+        ("merge 8 × 32,768 partials {} us ({}: it mostly reads)", "merge/8x32768"),
+    ):
+        row = by_name[name]
+        assert words.format(f"{row['us']:.0f}", f"{row['share_of_copy']:.0%}") in text
+    small = [row["us"] for row in measured if row["goal"].endswith("us")]
+    assert f"Small ones take {min(small):.1f} to {max(small):.1f} us" in text
+
+
 def test_readme_counts_the_checks_of_the_gpu_record() -> None:
     record = json.loads(Path(RECORD).read_text())
     if "pending" in record:
